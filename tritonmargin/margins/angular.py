@@ -1,0 +1,148 @@
+"""Additive margins on the cosine or the angle: CosFace, ArcFace and their combination."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tritonmargin.margins.base import GRADIENT, Margin, TargetRows, one_of
+
+BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
+
+
+class CosFace(Margin):
+    """Additive cosine margin: t = s (cos theta - m), the others s cos theta.
+
+    Wang et al.: CosFace (2018); Wang et al.: AM-Softmax (2018). The slope is s everywhere.
+
+    Args:
+        m: margin on the cosine, default 0.35 (insightface's recipes use 0.4, speaker recipes 0.2).
+        s: scale, default 64.
+    """
+
+    def __init__(self, m: float = 0.35, s: float = 64.0) -> None:
+        super().__init__(s)
+        self.number("m", m)
+        self.m = m
+
+    def target_logit(self, rows: TargetRows) -> Tensor:
+        return rows.product - rows.scale * self.m
+
+
+class CombinedMargin(Margin):
+    """t = s (cos(m1 theta + m2) - m3), for every combination of the three.
+
+    Deng et al.: ArcFace (2019), section 3.1, with theta = arccos(cos) in radians. SphereFace-like margins have
+    m1 > 1, ArcFace is (1, m, 0), CosFace is (1, 0, m). arcface_torch of insightface trains plain CosFace for
+    (1, 0.3, 0.2); this class does not drop m1 and m2.
+
+    Past alpha = m1 theta + m2 > pi the cosine rises again; `beyond_pi` names what happens there instead. With
+    theta0 = (pi - m2)/m1, where alpha reaches pi, and a = pi - theta0 (= m2 for m1 = 1):
+
+        cos-mm       cos theta - a sin a - m3; jumps down at theta0. insightface 2022-01 to 2022-12, TFace,
+                     CurricularFace, pytorch-metric-learning, speechbrain, mmpretrain.
+        continuous   cos theta - (1 + cos theta0) - m3; no jump. wespeaker, 3D-Speaker.
+        raw          cos(alpha) - m3: rises, with a slope of the wrong sign. insightface since 2022-12, Paddle.
+        easy         cos > 0 ? cos(alpha) - m3 : cos - m3, for every theta. The `easy_margin=True` of insightface.
+        clip         -1 - m3, with slope 0. AdaFace's and opensphere's clipping, without their epsilon.
+
+    `gradient="exact"` differentiates the formula. `"straight-through"` passes d t / d cos = s, what insightface's
+    arcface_torch trains with since 2022-12 (its arccos and cos run under no_grad); values are the same.
+
+    Args:
+        m1, m2, m3: m1 > 0, m2 in radians with 0 <= m2 <= pi, m3 >= 0. Defaults 1, 0, 0 (that is NormFace).
+        s: scale, default 64.
+        beyond_pi: "cos-mm" (default), "continuous", "raw", "easy", "clip".
+        gradient: "exact" (default) or "straight-through".
+
+    Raises:
+        ValueError: a number out of its range or an unknown name.
+    """
+
+    options = ("beyond_pi", "gradient")
+
+    def __init__(
+        self,
+        m1: float = 1.0,
+        m2: float = 0.0,
+        m3: float = 0.0,
+        s: float = 64.0,
+        beyond_pi: str = "cos-mm",
+        gradient: str = "exact",
+    ) -> None:
+        super().__init__(s)
+        self.beyond_pi = one_of("beyond_pi", beyond_pi, BEYOND_PI)
+        self.gradient = one_of("gradient", gradient, GRADIENT)
+        for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
+            self.number(name, value)
+            setattr(self, name, float(value))
+
+    def check_number(self, name: str, value: float) -> None:
+        super().check_number(name, value)
+        if name == "m1" and value <= 0:
+            raise ValueError(f"m1 must be > 0, got {value}")
+        if name == "m2" and not 0 <= value <= math.pi:
+            raise ValueError(f"m2 is an angle in radians, 0 <= m2 <= pi, got {value}; degrees are not converted")
+        if name == "m3" and value < 0:
+            raise ValueError(f"m3 must be >= 0, got {value}")
+
+    def target_cosine(self, cos: Tensor) -> Tensor:
+        return combined(cos, self.m1, self.m2, self.beyond_pi) - self.m3
+
+
+
+class ArcFace(Margin):
+    """Additive angular margin: t = s cos(theta + m), the others s cos theta.
+
+    Deng et al.: ArcFace (2019). theta + m > pi and the gradient: see `CombinedMargin`, of which this is (1, m, 0).
+    pytorch-metric-learning's `margin=28.6` is in degrees; here m is in radians.
+
+    Args:
+        m: margin in radians, 0 <= m <= pi, default 0.5.
+        s: scale, default 64.
+        beyond_pi: "cos-mm" (default), "continuous", "raw", "easy", "clip".
+        gradient: "exact" (default) or "straight-through".
+
+    Raises:
+        ValueError: a number out of its range or an unknown name.
+    """
+
+    options = ("beyond_pi", "gradient")
+
+    def __init__(
+        self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact"
+    ) -> None:
+        super().__init__(s)
+        self.beyond_pi = one_of("beyond_pi", beyond_pi, BEYOND_PI)
+        self.gradient = one_of("gradient", gradient, GRADIENT)
+        self.number("m", m)
+        self.m = m
+
+    def check_number(self, name: str, value: float) -> None:
+        super().check_number(name, value)
+        if not 0 <= value <= math.pi:
+            raise ValueError(f"m is an angle in radians, 0 <= m <= pi, got {value}; degrees are not converted")
+
+    def target_cosine(self, cos: Tensor) -> Tensor:
+        return combined(cos, torch.ones_like(self.m), self.m, self.beyond_pi)
+
+
+def combined(cos: Tensor, m1: Tensor, m2: Tensor, beyond_pi: str) -> Tensor:  # [N], [], [] -> [N]
+    """cos(m1 theta + m2), and beyond alpha = pi what `beyond_pi` says."""
+    alpha = m1 * torch.acos(cos) + m2
+    inner = torch.cos(alpha)
+    if beyond_pi == "raw":
+        return inner
+    if beyond_pi == "easy":
+        return torch.where(cos > 0, inner, cos)
+    theta0 = (math.pi - m2) / m1
+    if beyond_pi == "clip":
+        outer = torch.full_like(cos, -1.0)
+    elif beyond_pi == "continuous":
+        outer = cos - (1.0 + torch.cos(theta0))
+    else:
+        excess = math.pi - theta0
+        outer = cos - excess * torch.sin(excess)
+    return torch.where(alpha > math.pi, outer, inner)

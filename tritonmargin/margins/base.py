@@ -1,0 +1,168 @@
+"""What every margin is: a function of N numbers, the cosines (or products) of the samples with their own class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+GRADIENT = ("exact", "straight-through")
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """What a margin may look at: numbers per sample, none per class. All differentiable except `target`."""
+
+    product: Tensor  # [N]  x'_i . w'_y, in float32 (float64 for float64 inputs), without the bias
+    embedding_norm: Tensor  # [N]  |x_i|
+    weight_norm: Tensor  # [N]  |w_y|
+    scale: float | Tensor  # scalar or [N]; product = scale * cos
+    target: Tensor  # [N]  int64 class numbers; ignored rows hold 0
+
+    @property
+    def cos(self) -> Tensor:  # [N]
+        """Cosine between the embedding and its class's row; 0 where one of them is a zero row."""
+        if isinstance(self.scale, Tensor):
+            # A zero row has scale 0 and product 0. Dividing by 1 there keeps 0/0 out of the gradient too.
+            return self.product / torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
+        return self.product / self.scale
+
+
+def inside(function: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:
+    """`function(cos)` with a slope that stays finite at cos = +-1.
+
+    The value is exact on the closed interval [-1, 1]. The slope is the function's own on
+    [-1 + eps, 1 - eps] (eps of the dtype) and stays what it is at that edge beyond it: sqrt(1 - cos^2) and arccos
+    have an infinite slope at +-1, where the chain rule through the normalisation multiplies it by zero.
+    """
+    edge = 1.0 - torch.finfo(cos.dtype).eps
+    near = cos + (cos.clamp(-edge, edge) - cos).detach()
+    value = function(near)
+    with torch.no_grad():
+        correction = function(cos.clamp(-1.0, 1.0)) - value
+    return value + correction
+
+
+def straight_through(value: Tensor, cos: Tensor) -> Tensor:
+    """`value` with d value / d cos = 1."""
+    return value.detach() + (cos - cos.detach())
+
+
+class Margin(nn.Module):
+    """A margin: how a sample's own logit is lowered (or left alone) before the cross-entropy.
+
+    With x' = s x/|x| if `unit_embeddings` else x, and w'_j = w_j/|w_j| if `unit_weight` else w_j, the logits are
+    z_ij = x'_i . w'_j + b_j for every class j but the sample's own, whose logit is `target_logit(rows)` + b_y.
+
+    Write your own by overriding one method, `target_cosine`, a function of the [N] cosines::
+
+        class Halved(tm.Margin):
+            def target_cosine(self, cos):
+                return cos - 0.2 * (1 + cos)
+
+    or `target_logit`, when it needs norms, labels or a state. Angles are in radians.
+
+    Args:
+        s: the scale of normalised embeddings, > 0. A Python number, because it bounds the logits and the stream
+           chooses its path by that bound without asking a device.
+
+    Raises:
+        ValueError: s is not a positive finite number.
+    """
+
+    unit_embeddings: bool = True
+    unit_weight: bool = True
+    gradient: str = "exact"  # or "straight-through": d t / d cos = scale, whatever the formula's slope
+    options: tuple[str, ...] = ()  # named choices, shown by repr
+
+    def __init__(self, s: float = 64.0) -> None:
+        super().__init__()
+        self.s = positive("s", s)
+        self._schedules: dict[str, Callable[[int], float]] = {}
+
+    def target_cosine(self, cos: Tensor) -> Tensor:  # [N] -> [N]
+        """phi(cos): the cosine that the sample's own class is given instead of its true one."""
+        raise NotImplementedError(f"{type(self).__name__} must override target_cosine or target_logit")
+
+    def target_logit(self, rows: TargetRows) -> Tensor:  # [N]
+        """t_i, the target's logit after the margin: scale * phi(cos)."""
+        cos = rows.cos
+        phi = inside(self.target_cosine, cos)
+        return rows.scale * (straight_through(phi, cos) if self.gradient == "straight-through" else phi)
+
+    @property
+    def logit_bound(self) -> float:
+        """A number that |x'_i . w'_j| never exceeds; inf when nothing is known."""
+        return float(self.s) if self.unit_embeddings and self.unit_weight else math.inf
+
+    # -- numbers that change from step to step -------------------------------------------------------------------
+
+    def number(self, name: str, value: float) -> None:
+        """Register a margin number as a 0-dim float64 buffer: it changes at run time without a recompilation.
+
+        It is not part of the state dict: a checkpoint loaded into another margin must not change that margin.
+        """
+        self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, int | float) and name in self.__dict__.get("_buffers", {}):
+            self.check_number(name, float(value))
+            self._buffers[name].fill_(value)  # type: ignore[union-attr]
+        elif name == "s" and not isinstance(value, Tensor):
+            super().__setattr__(name, positive("s", value))
+        else:
+            super().__setattr__(name, value)
+
+    def check_number(self, name: str, value: float) -> None:
+        """Raise ValueError if `value` cannot be the margin number `name`."""
+        if not math.isfinite(value):
+            raise ValueError(f"{type(self).__name__}: {name} must be a finite number, got {value}")
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # `.half()` or `.bfloat16()` must not round m = 0.35: numbers follow the device and keep their precision.
+        numbers = {name: buffer for name, buffer in self._buffers.items() if name in self._non_persistent_buffers_set}
+        super()._apply(fn, recurse)
+        for name, exact in numbers.items():
+            moved = self._buffers[name]
+            if exact is not None and moved is not None and moved.dtype != exact.dtype:
+                precise = torch.float32 if moved.device.type == "mps" else exact.dtype
+                self._buffers[name] = exact.to(device=moved.device, dtype=precise)
+        return self
+
+    def with_schedule(self, **schedules: Callable[[int], float]) -> Margin:
+        """Attach functions of the step number, e.g. `m=tm.WarmUp(0.0, 0.5, steps=2000)`; returns the margin."""
+        for name, function in schedules.items():
+            if name not in self._buffers:
+                known = ", ".join(self._buffers) or "none"
+                raise ValueError(f"{type(self).__name__} has no number {name!r} to schedule; it has: {known}")
+            self._schedules[name] = function
+        return self
+
+    def schedule(self, step: int) -> None:
+        """Set every scheduled number to its value at `step`. A function of the step only, so a resumed run agrees."""
+        for name, function in self._schedules.items():
+            setattr(self, name, float(function(step)))
+
+    def extra_repr(self) -> str:
+        numbers = [f"{name}={float(buffer):g}" for name, buffer in self._buffers.items() if buffer is not None]
+        scale = [f"s={self.s:g}"] if self.unit_embeddings and not isinstance(self.s, Tensor) else []
+        choices = [f"{name}={getattr(self, name)!r}" for name in self.options]
+        return ", ".join(numbers + scale + choices)
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a float, or ValueError unless it is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    """`value`, or ValueError with the list of known names."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
