@@ -1,0 +1,47 @@
+"""tritonmargin: softmax cross-entropy with margins over millions of classes, without the N x C logits."""
+
+from tritonmargin import reference
+from tritonmargin.functional import Stats, linear_cross_entropy, margin_cross_entropy
+from tritonmargin.kernels import use_backend
+from tritonmargin.margins import (
+    Annealing,
+    ArcFace,
+    ASoftmax,
+    CombinedMargin,
+    CosFace,
+    L2Softmax,
+    LSoftmax,
+    Margin,
+    NormFace,
+    Softmax,
+    SphereFaceR,
+    TargetRows,
+    WarmUp,
+)
+from tritonmargin.modules import MarginSoftmaxLoss
+from tritonmargin.sampling import sample_classes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASoftmax",
+    "Annealing",
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "L2Softmax",
+    "LSoftmax",
+    "Margin",
+    "MarginSoftmaxLoss",
+    "NormFace",
+    "Softmax",
+    "SphereFaceR",
+    "Stats",
+    "TargetRows",
+    "WarmUp",
+    "linear_cross_entropy",
+    "margin_cross_entropy",
+    "reference",
+    "sample_classes",
+    "use_backend",
+]

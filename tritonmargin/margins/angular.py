@@ -22,10 +22,11 @@ class CosFace(Margin):
         s: scale, default 64.
     """
 
+    m: Tensor
+
     def __init__(self, m: float = 0.35, s: float = 64.0) -> None:
         super().__init__(s)
         self.number("m", m)
-        self.m = m
 
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product - rows.scale * self.m
@@ -62,6 +63,9 @@ class CombinedMargin(Margin):
     """
 
     options = ("beyond_pi", "gradient")
+    m1: Tensor
+    m2: Tensor
+    m3: Tensor
 
     def __init__(
         self,
@@ -77,7 +81,6 @@ class CombinedMargin(Margin):
         self.gradient = one_of("gradient", gradient, GRADIENT)
         for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
             self.number(name, value)
-            setattr(self, name, float(value))
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
@@ -90,7 +93,6 @@ class CombinedMargin(Margin):
 
     def target_cosine(self, cos: Tensor) -> Tensor:
         return combined(cos, self.m1, self.m2, self.beyond_pi) - self.m3
-
 
 
 class ArcFace(Margin):
@@ -110,15 +112,13 @@ class ArcFace(Margin):
     """
 
     options = ("beyond_pi", "gradient")
+    m: Tensor
 
-    def __init__(
-        self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact"
-    ) -> None:
+    def __init__(self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact") -> None:
         super().__init__(s)
         self.beyond_pi = one_of("beyond_pi", beyond_pi, BEYOND_PI)
         self.gradient = one_of("gradient", gradient, GRADIENT)
         self.number("m", m)
-        self.m = m
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)

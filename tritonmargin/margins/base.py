@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 GRADIENT = ("exact", "straight-through")
 
 
@@ -97,7 +96,8 @@ class Margin(nn.Module):
     @property
     def logit_bound(self) -> float:
         """A number that |x'_i . w'_j| never exceeds; inf when nothing is known."""
-        return float(self.s) if self.unit_embeddings and self.unit_weight else math.inf
+        fixed = isinstance(self.s, float) and self.unit_embeddings and self.unit_weight
+        return self.s if fixed else math.inf
 
     # -- numbers that change from step to step -------------------------------------------------------------------
 
@@ -106,6 +106,7 @@ class Margin(nn.Module):
 
         It is not part of the state dict: a checkpoint loaded into another margin must not change that margin.
         """
+        self.check_number(name, float(value))
         self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -113,9 +114,9 @@ class Margin(nn.Module):
             self.check_number(name, float(value))
             self._buffers[name].fill_(value)  # type: ignore[union-attr]
         elif name == "s" and not isinstance(value, Tensor):
-            super().__setattr__(name, positive("s", value))
+            super().__setattr__(name, positive("s", value))  # type: ignore[arg-type]
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def check_number(self, name: str, value: float) -> None:
         """Raise ValueError if `value` cannot be the margin number `name`."""

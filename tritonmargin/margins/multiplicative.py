@@ -30,6 +30,7 @@ class LSoftmax(Margin):
 
     unit_embeddings = False
     unit_weight = False
+    lam: Tensor
 
     def __init__(self, m: int = 4, lam: float = 0.0) -> None:
         super().__init__(s=1.0)
@@ -37,7 +38,6 @@ class LSoftmax(Margin):
             raise ValueError(f"{type(self).__name__}: m must be an integer >= 1, got {m!r}")
         self.m = int(m)
         self.number("lam", lam)
-        self.lam = lam
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
@@ -87,12 +87,12 @@ class SphereFaceR(Margin):
     """
 
     options = ("gradient",)
+    m: Tensor
 
     def __init__(self, m: float = 1.7, s: float = 64.0, gradient: str = "exact") -> None:
         super().__init__(s)
         self.gradient = one_of("gradient", gradient, GRADIENT)
         self.number("m", m)
-        self.m = float(m)
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
@@ -103,7 +103,6 @@ class SphereFaceR(Margin):
         theta = torch.acos(cos)
         k = piece(theta, self.m)
         return (1.0 - 2.0 * (k % 2)) * torch.cos(self.m * theta) - 2.0 * k
-
 
 
 def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]

@@ -1,0 +1,200 @@
+"""The four functions of a backend, in plain PyTorch: any device, one chunk of classes at a time.
+
+A logits tile is [K, N], classes first: the rows of a chunk are then the left factor of every product, and the sums
+over classes run down contiguous lines. Every buffer is the caller's and is reused from chunk to chunk.
+
+`bounded` chooses between the two ways to an exponential (see `stream.py`): exp(z) as it is when the logits cannot
+overflow, exp(z - running max) otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritonmargin.kernels.variants import hinge, hinge_slope
+
+
+@dataclass
+class Running:
+    """What the forward pass keeps per sample while it walks; None: nobody asked."""
+
+    total: Tensor | None = None  # [N]  sum over j != y of exp(z_ij - maximum), maximum = 0 on the bounded path
+    maximum: Tensor | None = None  # [N]  running max, only on the unbounded path
+    hardest: Tensor | None = None  # [N]  max over j != y of z_ij, as the tile has it
+    hardest_row: Tensor | None = None  # [N]  its position in the walk, -1 at first
+    threshold: Tensor | None = None  # [N]  t_i of the hinge
+    hinge: Tensor | None = None  # [N]  sum over j != y of relu(z_ij - threshold_i)
+    violations: Tensor | None = None  # [N]  how many of them are positive
+
+
+@dataclass
+class Shares:
+    """Gradients of numbers that look at one class row a sample: the target's, or the hardest wrong class's."""
+
+    row: Tensor  # [N]  position in the walk, -1 for none
+    along: Tensor  # [N, D]  dL/dw' of that row: g_i x_i
+
+
+def prepare_rows(
+    weight: Tensor, class_ids: Tensor | None, start: int, stop: int, unit: bool, buffer: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Rows start..stop of the walk in the compute dtype (buffer's) and, for unit rows, 1/|w| (0 for a zero row)."""
+    chunk = weight[start:stop] if class_ids is None else weight.index_select(0, class_ids[start:stop])
+    rows = buffer[: stop - start]
+    if unit:
+        inverse = inverse_norm(torch.linalg.vector_norm(chunk, dim=1, dtype=accumulate(chunk.dtype)))
+        torch.mul(chunk, inverse[:, None], out=rows)
+        return rows, inverse
+    if chunk.dtype == buffer.dtype:
+        return chunk, None
+    return rows.copy_(chunk), None
+
+
+def reduce_chunk(
+    rows: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    bounded: bool,
+    tile: Tensor,
+    scratch: Tensor,
+    run: Running,
+) -> None:
+    """Fold one chunk's logits into `run`.
+
+    Leaves in `tile` what `weigh_chunk` can start from, exp(z) on the bounded path and z otherwise with the targets
+    masked, unless `scratch` (a tile in the precision of sums) is the same buffer.
+    """
+    logits(rows, x, bias, target, start, tile)
+    if run.hardest is not None and run.hardest_row is not None:
+        value, place = tile.max(dim=0)
+        better = value > run.hardest
+        run.hardest.copy_(torch.where(better | value.isnan(), value, run.hardest))
+        run.hardest_row.copy_(torch.where(better, place + start, run.hardest_row))
+    if run.threshold is not None and run.hinge is not None and run.violations is not None:
+        total, violations = hinge(tile, run.threshold, scratch)
+        run.hinge += total
+        run.violations += violations
+    if run.total is None:
+        return
+    if bounded:
+        run.total += tile.exp_().sum(dim=0, dtype=run.total.dtype)
+        return
+    assert run.maximum is not None
+    maximum = torch.maximum(run.maximum, tile.amax(dim=0))
+    # Where every logit so far is masked the maximum is -inf, and -inf - -inf would be nan.
+    shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    run.total *= torch.exp(run.maximum - shift)
+    run.total += torch.sub(tile, shift, out=scratch).exp_().sum(dim=0)
+    run.maximum.copy_(maximum)
+
+
+def weigh_chunk(
+    rows: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    kind: str,
+    shift: Tensor,
+    tile: Tensor,
+    scratch: Tensor,
+    ready: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The chunk's share in the gradient, without the factors that only depend on the sample, 0 at the targets.
+
+    kind "exp": exp(z); "softmax": exp(z - shift_i) with shift = rest; "hinge": 1 where z > shift_i.
+    `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to.
+
+    Returns the share in the compute dtype, for the GEMMs, and in the precision of sums (often the same tensor).
+    """
+    if ready is None:
+        ready = tile
+        logits(rows, x, bias, target, start, tile)
+        if kind == "exp":
+            tile.exp_()
+    if kind == "exp":
+        return ready, ready
+    if kind == "hinge":
+        hinge_slope(ready, shift, scratch)
+    else:
+        torch.sub(ready, shift, out=scratch).exp_()
+    return (scratch if tile.dtype == scratch.dtype else tile.copy_(scratch)), scratch
+
+
+def finish_rows(
+    gradient: Tensor,
+    rows: Tensor,
+    inverse: Tensor | None,
+    start: int,
+    shares: list[Shares],
+    norm_shares: Shares | None,
+    mean: tuple[Tensor, Tensor] | None,
+    factor: Tensor | None,
+) -> Tensor:
+    """From A = dL/dw' of a chunk (gradient, in the precision of sums, changed in place) to dL/dw.
+
+    Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
+    dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not.
+    """
+    stop = start + len(gradient)
+    undo = None if factor is None else factor.reciprocal()
+    for share in shares:
+        sample, place = inside_chunk(share.row, start, stop)
+        if len(sample):
+            along = share.along.index_select(0, sample)
+            gradient.index_add_(0, place, along if undo is None else along * undo)
+    if mean is not None:
+        class_weight, row = mean
+        gradient.addr_(class_weight, row if undo is None else row * undo)
+    if inverse is not None:
+        dot = row_dot(rows, gradient)
+        gradient.addcmul_(rows, dot, value=-1.0)
+        gradient.mul_((inverse if factor is None else inverse * factor)[:, None])
+    elif factor is not None:
+        gradient.mul_(factor)
+    if norm_shares is not None:
+        sample, place = inside_chunk(norm_shares.row, start, stop)
+        gradient.index_add_(0, place, norm_shares.along.index_select(0, sample))
+    return gradient
+
+
+# -- what the four are made of -----------------------------------------------------------------------------------
+
+
+def logits(rows: Tensor, x: Tensor, bias: Tensor | None, target: Tensor, start: int, tile: Tensor) -> None:
+    """tile = rows x^T (+ bias), -inf at the targets: the sum over j != y leaves them out."""
+    torch.mm(rows, x.t(), out=tile)
+    if bias is not None:
+        tile += bias[:, None]
+    sample, place = inside_chunk(target, start, start + len(rows))
+    if len(sample):
+        tile.index_put_((place, sample), tile.new_tensor(-torch.inf))
+
+
+def inside_chunk(row: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Samples whose row lies in this chunk, and its place there."""
+    sample = ((row >= start) & (row < stop)).nonzero().squeeze(1)
+    return sample, row.index_select(0, sample) - start
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [K, D], [K, D] -> [K, 1]
+    """Dot products of matching rows."""
+    if a.dtype == b.dtype:
+        return torch.bmm(a[:, None, :], b[:, :, None]).squeeze(2)
+    return (a * b).sum(dim=1, keepdim=True)
+
+
+def inverse_norm(norm: Tensor) -> Tensor:
+    """1/norm, and 0 for a row whose norm is 0 (or so small that 1/norm overflows)."""
+    smallest = 4.0 * torch.finfo(norm.dtype).tiny
+    return torch.where(norm < smallest, torch.inf, norm).reciprocal_()
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and losses: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,2 @@
+def margin_cross_entropy(*a, **k):
+    raise RuntimeError

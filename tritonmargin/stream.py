@@ -1,0 +1,437 @@
+"""The stream: logsumexp over C classes and its gradient by walking W in chunks, so that N x C never exists.
+
+One op, `tritonmargin::stream`. The caller hands it rows x [N, D] that already carry the scale, and gets numbers per
+sample back, each differentiable in x and W:
+
+    rest               log sum_{j != y} exp(z_ij),  z_ij = x_i . w'_j + b_j,  w'_j = w_j/|w_j| or w_j
+    target_product     x_i . w'_y, without the bias, from one gathered row, never through a tile
+    target_norm        |w_y|
+    mean_product       x_i . sum_j c_j w'_j for given class weights c
+    hinge, violations  sum_{j != y} relu(z_ij - threshold_i), and how many terms are positive
+    hardest_product    x_i . w'_h, without the bias, h = argmax_{j != y} z_ij
+
+Forward walks the chunks once, backward once more (with retained tiles: not even that for them):
+
+    forward   prepare_rows, reduce_chunk                                               1 GEMM
+    backward  prepare_rows, weigh_chunk P, dX += P^T rows, A = P X, finish_rows        3 GEMMs
+
+**The exponential.** With f_i = dL/drest_i exp(-rest_i), P_ij = f_i exp(z_ij), and f commutes out of both products:
+dX_i = f_i (sum_j exp(z_ij) w'_j), A_j = sum_i exp(z_ij) (f_i x_i). So where a bound on |z| keeps exp(z) and its sum
+inside the range of the dtype (`is_bounded`), the tile is exp(z) and nothing else: no running max, no subtraction.
+At s = 64 f itself leaves float32's range, so A carries a common power e^K on its sample side, undone per class row.
+Everywhere else the max runs along and P = exp(z - rest) <= 1.
+
+`row` numbers are positions in the walk: class numbers, or indices into `class_ids`. A target of -1 is no class.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmargin.kernels import STREAMS
+from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
+
+
+class Streamed(NamedTuple):
+    """What the op returns. Empty tensors: not asked for."""
+
+    rest: Tensor  # [N]
+    target_product: Tensor  # [N]
+    target_norm: Tensor  # [N]
+    mean_product: Tensor  # [N]
+    hinge: Tensor  # [N]
+    violations: Tensor  # [N]  not differentiable
+    hardest_product: Tensor  # [N]  -inf where there is no other class
+    hardest_row: Tensor  # [N]  int64, -1 where there is no other class
+    mean_row: Tensor  # [D]  sum_j c_j w'_j; saved for backward
+    retained: Tensor  # [R, N]  tiles of the first R classes; saved for backward
+
+
+def is_bounded(bound: float, classes: int, dtype: torch.dtype) -> bool:
+    """Whether exp(z) with |z| <= bound, and the sum of `classes` of them, stay inside the range of `dtype`."""
+    return bound + math.log(max(classes, 1)) < math.log(torch.finfo(dtype).max) - 3.7
+
+
+def chunk_classes(n: int, d: int, classes: int, itemsize: int, chunk_bytes: int) -> int:
+    """How many classes to walk at a time: prepared rows, gradient rows and tile fill `chunk_bytes`."""
+    per_class = (n + 2 * d) * itemsize
+    chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
+    return max(1, min(classes, max(64, chunk // 64 * 64)))
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The default byte budget of a chunk: a third of the last-level cache, 8 MB where that is unknown."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) * 1024 // 3
+    except (OSError, ValueError):
+        return 8 << 20
+
+
+def retained_classes(n: int, classes: int, chunk: int, itemsize: int, retain_bytes: int) -> int:
+    """How many classes' tiles fit in `retain_bytes`: whole chunks from the first on."""
+    fitting = retain_bytes // max(n * itemsize, 1)
+    return classes if fitting >= classes else fitting // chunk * chunk
+
+
+class Walk:
+    """One walk over the classes: the sizes, the chunks and the buffers that all chunks share."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        class_ids: Tensor | None,
+        unit: bool,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        backend: str,
+    ) -> None:
+        self.ops = STREAMS[backend]
+        self.weight, self.class_ids, self.unit = weight, class_ids, unit
+        self.n, self.d = x.shape
+        self.classes = len(weight) if class_ids is None else len(class_ids)
+        self.chunk = chunk_classes(self.n, self.d, self.classes, dtype.itemsize, chunk_bytes)
+        self.x = x.to(dtype)
+        self.acc = x.dtype
+        self.rows_buffer = self.x.new_empty(self.chunk, self.d)
+        self.tile_buffer = self.x.new_empty(self.chunk, self.n)
+
+    def scratch(self, separate: bool) -> Tensor:
+        """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
+        if self.tile_buffer.dtype == self.acc and not separate:
+            return self.tile_buffer
+        return self.tile_buffer.new_empty(self.chunk, self.n, dtype=self.acc)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        return [(start, min(start + self.chunk, self.classes)) for start in range(0, self.classes, self.chunk)]
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.ops.prepare_rows(self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer)
+
+    def gradient_shape(self, sparse: bool) -> tuple[int, int]:
+        return (self.classes if sparse else len(self.weight)), self.d
+
+    def select(self, vector: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """A per-class vector's numbers for the chunk."""
+        if vector is None or self.class_ids is None:
+            return None if vector is None else vector[start:stop]
+        return vector.index_select(0, self.class_ids[start:stop])
+
+    def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""
+        place = row.clamp(min=0)
+        if self.class_ids is not None and self.classes:
+            place = self.class_ids.index_select(0, place)
+        if not len(self.weight):
+            return self.x.new_zeros(self.n, self.d, dtype=self.acc), self.x.new_zeros(self.n, dtype=self.acc)
+        rows = torch.where(row[:, None] >= 0, self.weight.index_select(0, place).to(self.acc), 0.0)
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        return (rows * inverse_norm(norm)[:, None] if self.unit else rows), norm
+
+
+@torch.library.custom_op("tritonmargin::stream", mutates_args=())
+def stream_op(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    threshold: Tensor | None,
+    unit: bool,
+    bounded: bool,
+    want_rest: bool,
+    want_hardest: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    retain_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        walk = Walk(x, weight, class_ids, unit, dtype, chunk_bytes, backend)
+        n = walk.n
+        run = Running(threshold=threshold)
+        if want_rest:
+            run.total = x.new_zeros(n)
+            run.maximum = None if bounded else x.new_full((n,), -torch.inf)
+        if want_hardest:
+            run.hardest = x.new_full((n,), -torch.inf)
+            run.hardest_row = torch.full_like(target, -1)
+        if threshold is not None:
+            run.hinge, run.violations = x.new_zeros(n), x.new_zeros(n)
+        kept = retained_classes(n, walk.classes, walk.chunk, dtype.itemsize, retain_bytes)
+        retained = walk.x.new_empty(kept, n)
+        # Where a tile outlives a difference (it is kept, or read twice), the difference needs a place of its own.
+        twice = want_rest and threshold is not None
+        scratch = walk.tile_buffer if bounded else walk.scratch(separate=kept > 0 or twice)
+        mean_row = x.new_zeros(0 if class_weight is None else walk.d)
+
+        for start, stop in walk.chunks():
+            rows, _ = walk.rows(start, stop)
+            weights = walk.select(class_weight, start, stop)
+            if weights is not None:
+                mean_row += weights @ rows.to(walk.acc)
+            if want_rest or want_hardest or threshold is not None:
+                tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
+                chunk_bias = walk.select(bias, start, stop)
+                place = scratch[: stop - start]
+                walk.ops.reduce_chunk(rows, walk.x, chunk_bias, target, start, bounded, tile, place, run)
+
+        rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
+        hardest_row = target.new_empty(0)
+        if run.total is not None:
+            rest = run.total.log()
+            rest = rest if run.maximum is None else rest + finite(run.maximum)
+        if run.hinge is not None and run.violations is not None:
+            hinge, violations = run.hinge, run.violations
+        if run.hardest is not None and run.hardest_row is not None:
+            hardest_row = run.hardest_row
+            product = (x * walk.gather(hardest_row)[0]).sum(dim=1)
+            hardest_product = torch.where(hardest_row >= 0, product, run.hardest)
+        if class_weight is not None:
+            mean_product = x @ mean_row
+        target_rows, target_norm = walk.gather(target)
+        return Streamed(
+            rest=rest,
+            target_product=(x * target_rows).sum(dim=1),
+            target_norm=target_norm,
+            mean_product=mean_product,
+            hinge=hinge,
+            violations=violations,
+            hardest_product=hardest_product,
+            hardest_row=hardest_row,
+            mean_row=mean_row,
+            retained=retained,
+        )
+
+
+@stream_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, weight, target, class_ids, bias, class_weight, threshold, unit, bounded, want_rest, want_hardest,
+    sparse, dtype, chunk_bytes, retain_bytes, backend,
+):  # fmt: skip
+    n, d = x.shape
+    classes = len(weight) if class_ids is None else len(class_ids)
+    chunk = chunk_classes(n, d, classes, dtype.itemsize, chunk_bytes)
+    kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
+    return Streamed(
+        rest=x.new_empty(n if want_rest else 0),
+        target_product=x.new_empty(n),
+        target_norm=x.new_empty(n),
+        mean_product=x.new_empty(0 if class_weight is None else n),
+        hinge=x.new_empty(0 if threshold is None else n),
+        violations=x.new_empty(0 if threshold is None else n),
+        hardest_product=x.new_empty(n if want_hardest else 0),
+        hardest_row=target.new_empty(n if want_hardest else 0),
+        mean_row=x.new_empty(0 if class_weight is None else d),
+        retained=x.new_empty(kept, n, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("tritonmargin::stream_backward", mutates_args=())
+def stream_backward_op(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_ids: Tensor | None,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    shift: Tensor | None,
+    hardest_row: Tensor,
+    mean_row: Tensor,
+    retained: Tensor,
+    g_walk: Tensor | None,
+    g_target: Tensor | None,
+    g_norm: Tensor | None,
+    g_mean: Tensor | None,
+    g_hardest: Tensor | None,
+    kind: str,
+    unit: bool,
+    sparse: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        walk = Walk(x, weight, class_ids, unit, dtype, chunk_bytes, backend)
+        make = torch.zeros if class_ids is not None and not sparse else torch.empty
+        shape = walk.gradient_shape(sparse)
+        grad_x = x.new_zeros((walk.n, walk.d) if need_x else 0)
+        grad_weight = make(shape if need_weight else 0, dtype=weight.dtype, device=weight.device)
+        grad_bias = x.new_zeros(len(weight) if need_bias else 0)
+        kept = len(retained)
+
+        # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
+        outer = factor = None
+        left = x
+        if g_walk is not None and shift is not None:
+            shift = finite(shift) if kind != "hinge" else shift
+            outer, inner, factor = split_factor(g_walk, shift) if kind == "exp" else (None, g_walk, None)
+            left = (x * inner[:, None]).to(dtype)
+        shares = []
+        if need_weight and g_target is not None:
+            shares.append(Shares(target, x * g_target[:, None]))
+        if need_weight and g_hardest is not None:
+            shares.append(Shares(hardest_row, x * g_hardest[:, None]))
+        norm_shares = None
+        if need_weight and g_norm is not None:
+            target_rows, norm = walk.gather(target)
+            unit_rows = target_rows if unit else target_rows * inverse_norm(norm)[:, None]
+            norm_shares = Shares(target, unit_rows * g_norm[:, None])
+        mean_share = None if g_mean is None else g_mean @ x
+
+        # One buffer for A unless it can be written straight into the gradient's rows.
+        direct = grad_weight.dtype == walk.acc == dtype and (class_ids is None or sparse)
+        buffer = x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
+        product = walk.x.new_empty(walk.chunk if need_weight and dtype != walk.acc else 0, walk.d)
+        scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
+
+        for start, stop in walk.chunks():
+            rows, inverse = walk.rows(start, stop)
+            size = stop - start
+            share = exact = None
+            if g_walk is not None and shift is not None:
+                ready = retained[start:stop] if stop <= kept else None
+                chunk_bias = walk.select(bias, start, stop)
+                tile, place = walk.tile_buffer[:size], scratch[:size]
+                share, exact = walk.ops.weigh_chunk(
+                    rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
+                )
+                if need_x:
+                    add_product(grad_x, share.t(), rows)
+                if need_bias:
+                    ids = slice(start, stop) if class_ids is None else class_ids[start:stop]
+                    grad_bias[ids] = exact @ g_walk
+            if not need_weight:
+                continue
+            gradient = grad_weight[start:stop] if direct else buffer[:size]
+            if share is None:
+                gradient.zero_()
+            elif dtype == walk.acc:
+                torch.mm(share, left, out=gradient)
+            else:
+                gradient.copy_(torch.mm(share, left, out=product[:size]))
+            weights = walk.select(class_weight, start, stop)
+            mean = None if weights is None or mean_share is None else (weights, mean_share)
+            walk.ops.finish_rows(gradient, rows, inverse, start, shares, norm_shares, mean, factor)
+            if direct:
+                continue
+            if class_ids is None or sparse:
+                grad_weight[start:stop] = gradient
+            else:
+                grad_weight.index_copy_(0, class_ids[start:stop], gradient.to(weight.dtype))
+
+        if need_x:
+            if outer is not None:
+                grad_x *= outer[:, None]
+            if g_walk is not None:
+                grad_x *= g_walk[:, None]
+            if g_target is not None:
+                grad_x.addcmul_(walk.gather(target)[0], g_target[:, None])
+            if g_hardest is not None:
+                grad_x.addcmul_(walk.gather(hardest_row)[0], g_hardest[:, None])
+            if g_mean is not None:
+                grad_x.addr_(g_mean, mean_row)
+        return grad_x, grad_weight, grad_bias.to(bias.dtype) if bias is not None else grad_bias
+
+
+@stream_backward_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, weight, target, class_ids, bias, class_weight, shift, hardest_row, mean_row, retained, g_walk, g_target,
+    g_norm, g_mean, g_hardest, kind, unit, sparse, need_x, need_weight, need_bias, dtype, chunk_bytes, backend,
+):  # fmt: skip
+    rows = len(class_ids) if class_ids is not None and sparse else len(weight)
+    return (
+        x.new_empty((x.shape[0], x.shape[1]) if need_x else 0),
+        weight.new_empty((rows, weight.shape[1]) if need_weight else 0),
+        x.new_empty(len(weight) if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype),
+    )
+
+
+def setup_stream(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, target, class_ids, bias, class_weight, threshold = inputs[:7]
+    (ctx.unit, bounded, want_rest, _, ctx.sparse, ctx.dtype, ctx.chunk_bytes, _, ctx.backend) = inputs[7:]
+    out = Streamed(*output)
+    ctx.kind = "hinge" if threshold is not None else "exp" if bounded else "softmax"
+    shift = threshold if threshold is not None else out.rest if want_rest else None
+    ctx.save_for_backward(
+        x, weight, target, class_ids, bias, class_weight, shift, out.hardest_row, out.mean_row, out.retained
+    )
+    ctx.set_materialize_grads(False)
+    constants = [out.violations, out.hardest_row, out.mean_row, out.retained]
+    ctx.mark_non_differentiable(*constants, *([out.rest] if ctx.kind == "hinge" else []))
+
+
+def differentiate_stream(ctx, g_rest, g_target, g_norm, g_mean, g_hinge, _, g_hardest, *__):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    weight, class_ids, class_weight, shift, hardest_row = saved[1], saved[3], saved[5], saved[6], saved[7]
+    need_x, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    # Outputs that nobody asked for are empty, and so would be their gradients.
+    g_walk = g_hinge if ctx.kind == "hinge" else g_rest if shift is not None else None
+    g_mean = g_mean if class_weight is not None else None
+    g_hardest = g_hardest if len(hardest_row) == len(saved[0]) else None
+    grad_x, grad_weight, grad_bias = stream_backward_op(
+        *saved, g_walk, g_target, g_norm, g_mean, g_hardest, ctx.kind, ctx.unit, ctx.sparse,
+        need_x, need_weight, need_bias, ctx.dtype, ctx.chunk_bytes, ctx.backend,
+    )  # fmt: skip
+    if need_weight and ctx.sparse:
+        ids = torch.arange(len(weight), device=weight.device) if class_ids is None else class_ids
+        grad_weight = torch.sparse_coo_tensor(
+            ids[None], grad_weight, weight.shape, is_coalesced=True, check_invariants=False
+        )
+    grads = (grad_x if need_x else None, grad_weight if need_weight else None, None, None)
+    return (*grads, grad_bias if need_bias else None, *[None] * 11)
+
+
+def no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "tritonmargin: the loss can be differentiated once; its gradient has no gradient (double backward). "
+        'Use tm.use_backend("reference") for second derivatives on small problems.'
+    )
+
+
+stream_op.register_autograd(differentiate_stream, setup_context=setup_stream)
+stream_backward_op.register_autograd(no_double_backward)
+
+
+def stream(x: Tensor, weight: Tensor, target: Tensor, **options: object) -> Streamed:
+    """The op with its outputs named; see the module's docstring."""
+    return Streamed(*stream_op(x, weight, target, **options))
+
+
+def split_factor(g: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N] -> [N], [N], []
+    """f = g exp(-rest) so that neither product leaves the range of float32, rows of any ease side by side.
+
+    dX_i = g_i (exp(-rest_i) (sum_j exp(z_ij) w'_j)) stays in range from inside out. A = sum_i exp(z_ij) f_i x_i mixes
+    the samples: A carries e^K, the largest power for which neither max |f| nor max |g| passes e^50 (and e^-K, applied
+    per class row, stays a normal number). Returns exp(-rest), e^K f, e^-K.
+    """
+    size = g.abs().log()
+    largest = torch.maximum(size - rest, size).amax()
+    power = (50.0 - largest).clamp(max=70.0).nan_to_num(nan=0.0, neginf=0.0)
+    return torch.exp(-rest), g.sign() * torch.exp(size - rest + power), torch.exp(-power)
+
+
+def finite(shift: Tensor) -> Tensor:
+    """0 where no class but the target was walked and shift is -inf: -inf - -inf would be nan."""
+    return shift.masked_fill(shift == -torch.inf, 0.0)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, out in the precision of sums."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b)
