@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.kernels import STREAMS
-from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
+from tritonmargin.kernels.torch_ops import Rows, Running, Shares, inverse_norm
 
 
 class Streamed(NamedTuple):
@@ -102,6 +102,8 @@ class Walk:
         self.x = x.to(dtype)
         self.acc = x.dtype
         self.rows_buffer = self.x.new_empty(self.chunk, self.d)
+        exact = dtype == self.acc or not unit
+        self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
         self.tile_buffer = self.x.new_empty(self.chunk, self.n)
 
     def scratch(self, separate: bool) -> Tensor:
@@ -113,8 +115,10 @@ class Walk:
     def chunks(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.chunk, self.classes)) for start in range(0, self.classes, self.chunk)]
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        return self.ops.prepare_rows(self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer)
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.ops.prepare_rows(
+            self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer
+        )
 
     def gradient_shape(self, sparse: bool) -> tuple[int, int]:
         return (self.classes if sparse else len(self.weight)), self.d
@@ -176,7 +180,7 @@ def stream_op(
         mean_row = x.new_zeros(0 if class_weight is None else walk.d)
 
         for start, stop in walk.chunks():
-            rows, _ = walk.rows(start, stop)
+            rows = walk.rows(start, stop).rows
             weights = walk.select(class_weight, start, stop)
             if weights is not None:
                 mean_row += weights @ rows.to(walk.acc)
@@ -299,7 +303,8 @@ def stream_backward_op(
         scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
 
         for start, stop in walk.chunks():
-            rows, inverse = walk.rows(start, stop)
+            prepared = walk.rows(start, stop)
+            rows = prepared.rows
             size = stop - start
             share = exact = None
             if g_walk is not None and shift is not None:
@@ -325,7 +330,7 @@ def stream_backward_op(
                 gradient.copy_(torch.mm(share, left, out=product[:size]))
             weights = walk.select(class_weight, start, stop)
             mean = None if weights is None or mean_share is None else (weights, mean_share)
-            walk.ops.finish_rows(gradient, rows, inverse, start, shares, norm_shares, mean, factor)
+            walk.ops.finish_rows(gradient, prepared, start, shares, norm_shares, mean, factor)
             if direct:
                 continue
             if class_ids is None or sparse:

@@ -73,18 +73,18 @@ def augment(pictures: Tensor, random: torch.Generator) -> Tensor:  # [N, H, W] u
     # A mixture of the picture and its blurred self is a blur of every strength for the price of one.
     amount = torch.rand(n, 1, 1, 1, generator=random)
     x = torch.lerp(x, blurred(x), amount)
-    contrast = 0.6 + 0.4 * torch.rand(n, 1, 1, 1, generator=random)
-    noise = 0.1 * torch.rand(n, 1, 1, 1, generator=random)
+    contrast = 0.5 + 0.5 * torch.rand(n, 1, 1, 1, generator=random)
+    noise = 0.15 * torch.rand(n, 1, 1, 1, generator=random)
     return x.mul_(contrast).addcmul_(torch.randn(x.shape, generator=random), noise)
 
 
 def geometry(n: int, random: torch.Generator) -> Tensor:  # [N, 2, 3]
-    """Affine maps: up to 10 degrees, 15 % of size, 10 % of shape, a shear of 0.15, a shift of 2 pixels."""
+    """Affine maps: up to 15 degrees, 20 % of size, 10 % of shape, a shear of 0.2, a shift of 3 pixels."""
     angle, grow, stretch, shear, right, down = torch.empty(6, n).uniform_(-1.0, 1.0, generator=random)
-    angle, shear = angle * math.radians(10.0), shear * 0.15
-    width, height = torch.exp(0.15 * grow + 0.1 * stretch), torch.exp(0.15 * grow - 0.1 * stretch)
+    angle, shear = angle * math.radians(15.0), shear * 0.2
+    width, height = torch.exp(0.2 * grow + 0.1 * stretch), torch.exp(0.2 * grow - 0.1 * stretch)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    rows = (width * cos, shear * cos - height * sin, 0.125 * right, width * sin, shear * sin + height * cos, 0.125 * down)
+    rows = (width * cos, shear * cos - height * sin, 0.1875 * right, width * sin, shear * sin + height * cos, 0.1875 * down)
     return torch.stack(rows, dim=1).view(n, 2, 3)
 
 

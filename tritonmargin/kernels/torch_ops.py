@@ -10,6 +10,7 @@ overflow, exp(z - running max) otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,19 +39,28 @@ class Shares:
     along: Tensor  # [N, D]  dL/dw' of that row: g_i x_i
 
 
+class Rows(NamedTuple):
+    """A chunk's class rows w', ready for the products."""
+
+    rows: Tensor  # [K, D]  in the compute dtype
+    exact: Tensor  # [K, D]  in the precision of sums, if they are unit rows; else `rows`
+    inverse: Tensor | None  # [K]  1/|w|, 0 for a zero row, if they are unit rows
+
+
 def prepare_rows(
-    weight: Tensor, class_ids: Tensor | None, start: int, stop: int, unit: bool, buffer: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Rows start..stop of the walk in the compute dtype (buffer's) and, for unit rows, 1/|w| (0 for a zero row)."""
+    weight: Tensor, class_ids: Tensor | None, start: int, stop: int, unit: bool, buffer: Tensor, wide: Tensor
+) -> Rows:
+    """Rows start..stop of the walk, normalised if `unit`, in `buffer` and `wide` (the same for full precision)."""
     chunk = weight[start:stop] if class_ids is None else weight.index_select(0, class_ids[start:stop])
-    rows = buffer[: stop - start]
-    if unit:
-        inverse = inverse_norm(torch.linalg.vector_norm(chunk, dim=1, dtype=accumulate(chunk.dtype)))
-        torch.mul(chunk, inverse[:, None], out=rows)
-        return rows, inverse
-    if chunk.dtype == buffer.dtype:
-        return chunk, None
-    return rows.copy_(chunk), None
+    rows, exact = buffer[: len(chunk)], wide[: len(chunk)]
+    if not unit:
+        rows = chunk if chunk.dtype == rows.dtype else rows.copy_(chunk)
+        return Rows(rows, rows, None)
+    # Mixed dtypes in one elementwise call are several times slower on a CPU than a copy first.
+    source = chunk if chunk.dtype == exact.dtype else exact.copy_(chunk)
+    inverse = inverse_norm(torch.linalg.vector_norm(source, dim=1))
+    torch.mul(source, inverse[:, None], out=exact)
+    return Rows(exact if rows.dtype == exact.dtype else rows.copy_(exact), exact, inverse)
 
 
 def reduce_chunk(
@@ -128,8 +138,7 @@ def weigh_chunk(
 
 def finish_rows(
     gradient: Tensor,
-    rows: Tensor,
-    inverse: Tensor | None,
+    prepared: Rows,
     start: int,
     shares: list[Shares],
     norm_shares: Shares | None,
@@ -151,10 +160,10 @@ def finish_rows(
     if mean is not None:
         class_weight, row = mean
         gradient.addr_(class_weight, row if undo is None else row * undo)
-    if inverse is not None:
-        dot = row_dot(rows, gradient)
-        gradient.addcmul_(rows, dot, value=-1.0)
-        gradient.mul_((inverse if factor is None else inverse * factor)[:, None])
+    if prepared.inverse is not None:
+        dot = torch.linalg.vecdot(prepared.exact, gradient)
+        gradient.addcmul_(prepared.exact, dot[:, None], value=-1.0)
+        gradient.mul_((prepared.inverse if factor is None else prepared.inverse * factor)[:, None])
     elif factor is not None:
         gradient.mul_(factor)
     if norm_shares is not None:
@@ -180,13 +189,6 @@ def inside_chunk(row: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Samples whose row lies in this chunk, and its place there."""
     sample = ((row >= start) & (row < stop)).nonzero().squeeze(1)
     return sample, row.index_select(0, sample) - start
-
-
-def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [K, D], [K, D] -> [K, 1]
-    """Dot products of matching rows."""
-    if a.dtype == b.dtype:
-        return torch.bmm(a[:, None, :], b[:, :, None]).squeeze(2)
-    return (a * b).sum(dim=1, keepdim=True)
 
 
 def inverse_norm(norm: Tensor) -> Tensor:
