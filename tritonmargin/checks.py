@@ -43,11 +43,7 @@ def check_call(
         raise ValueError(f"target must have shape [N] = [{n}], got {tuple(target.shape)}")
     for name, vector in (("bias", bias), ("class_weight", class_weight)):
         if vector is not None:
-            check_tensor(name, vector)
-            if not vector.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {vector.dtype}")
-            if tuple(vector.shape) != (classes,):
-                raise ValueError(f"{name} must have shape [C] = [{classes}], got {tuple(vector.shape)}")
+            check_class_vector(name, vector, classes)
     if class_ids is not None:
         check_tensor("class_ids", class_ids)
         if class_ids.dtype != torch.int64 or class_ids.ndim != 1:
@@ -105,6 +101,14 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
+def check_class_vector(name: str, vector: Tensor, classes: int) -> None:
+    check_tensor(name, vector)
+    if not vector.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {vector.dtype}")
+    if tuple(vector.shape) != (classes,):
+        raise ValueError(f"{name} must have shape [C] = [{classes}], got {tuple(vector.shape)}")
+
+
 def check_integers(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -122,6 +126,11 @@ def check_sorted_ids(class_ids: Tensor, num_classes: int) -> None:
         raise ValueError(f"class_ids must be in [0, {num_classes}), got values from {lowest} to {highest}")
 
 
+def looks_at_values(device: torch.device) -> bool:
+    """Whether labels are checked: on the CPU always, elsewhere with TRITONMARGIN_DEBUG=1, as it waits for them."""
+    return device.type == "cpu" or os.environ.get("TRITONMARGIN_DEBUG", "0") not in ("", "0")
+
+
 @torch.library.custom_op("tritonmargin::positions", mutates_args=())
 def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
     """Each target's position in the walk, int64, -1 where it is ignored. An op, so that a compiled step checks too.
@@ -132,7 +141,7 @@ def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore
     """
     label = target.to(torch.int64, copy=True)
     kept = label != ignore_index
-    careful = target.device.type == "cpu" or os.environ.get("TRITONMARGIN_DEBUG", "0") not in ("", "0")
+    careful = looks_at_values(target.device)
     if careful:
         wrong = label[kept & ((label < 0) | (label >= num_classes))]
         if len(wrong):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tritonmargin.checks import check_options
+from tritonmargin.checks import check_class_vector, check_options
 from tritonmargin.functional import Stats, margin_cross_entropy
 from tritonmargin.margins import ArcFace, Margin
 
@@ -71,6 +71,8 @@ class MarginSoftmaxLoss(nn.Module):
             )
         if process_group is not None:
             raise ValueError("process_group: sharding the classes is not part of this version")
+        if class_weight is not None:
+            check_class_vector("class_weight", class_weight, num_classes)
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         self.margin = margin

@@ -280,6 +280,8 @@ def stream_backward_op(
         # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
         outer = factor = None
         left = x
+        if not walk.n:
+            g_walk = None
         if g_walk is not None and shift is not None:
             shift = finite(shift) if kind != "hinge" else shift
             outer, inner, factor = split_factor(g_walk, shift) if kind == "exp" else (None, g_walk, None)
