@@ -180,15 +180,15 @@ def stream_op(
         mean_row = x.new_zeros(0 if class_weight is None else walk.d)
 
         for start, stop in walk.chunks():
-            rows = walk.rows(start, stop).rows
+            prepared = walk.rows(start, stop)
             weights = walk.select(class_weight, start, stop)
             if weights is not None:
-                mean_row += weights @ rows.to(walk.acc)
+                mean_row += weights @ prepared.exact.to(walk.acc)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
                 chunk_bias = walk.select(bias, start, stop)
                 place = scratch[: stop - start]
-                walk.ops.reduce_chunk(rows, walk.x, chunk_bias, target, start, bounded, tile, place, run)
+                walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, run)
 
         rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
         hardest_row = target.new_empty(0)

@@ -182,7 +182,7 @@ def logits(rows: Tensor, x: Tensor, bias: Tensor | None, target: Tensor, start: 
         tile += bias[:, None]
     sample, place = inside_chunk(target, start, start + len(rows))
     if len(sample):
-        tile.index_put_((place, sample), tile.new_tensor(-torch.inf))
+        tile[place, sample] = -torch.inf
 
 
 def inside_chunk(row: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
