@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -548,3 +549,17 @@ def test_learnable_margin() -> None:
     # At cos = 1 it is taken where the slope in cos is, one eps inside: theta = sqrt(2 eps) = 2.1e-8 instead of 0.
     (slope,) = torch.autograd.grad(target_cosine(margin, NORMFACE, [1.0]).sum(), margin.m)
     assert float(slope) == pytest.approx(-sin(0.5), rel=1e-7)
+
+
+def test_margins_at_the_edge_of_their_range_are_accepted():
+    assert float(ArcFace(m=math.pi).m) == math.pi
+    assert float(ArcFace(m=0.0).m) == 0.0
+    assert float(CombinedMargin(m2=math.pi, m3=0.0).m2) == math.pi
+    assert Annealing(base=0.0, gamma=0.0, minimum=0.0)(3) == 0.0
+    assert WarmUp(0.0, 1.0, steps=0)(0) == 1.0
+
+
+@pytest.mark.parametrize("schedule", [WarmUp(0.0, 1.0, steps=3), Annealing()])
+def test_schedules_cannot_change_under_way(schedule):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.power = 2.0

@@ -293,7 +293,8 @@ def test_slopes_at_the_ends(case: Case) -> None:
         again = margin.target_logit(TargetRows(c, scale, scale, scale, torch.zeros_like(c, dtype=torch.int64)))
         (expected,) = torch.autograd.grad(again.sum(), c)
         torch.testing.assert_close(slope, expected, rtol=rtol, atol=rtol)
-        close(found.detach()[:2], [case.phi(0.0), case.phi(pi)], rtol=32 * eps)
+        for value in (found, reference.TARGET_COSINE[type(margin)](margin, c.detach())):
+            close(value.detach()[[0, 1, 3]], [case.phi(0.0), case.phi(pi), case.phi(0.0)], rtol=32 * eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -531,10 +532,12 @@ def test_a_single_class(objective: str) -> None:
     for w, ids in ((W[:1], None), (W, torch.tensor([4]))):
         y = torch.full((5,), 0 if ids is None else 4)
         y[1] = IGNORE
-        x, w = X.clone().requires_grad_(), w.clone().requires_grad_()
-        for smoothing in (0.0, 0.1) if objective == "softmax" else (0.0,):
+        x = X.clone()
+        x[2] = 0.0
+        x, w = x.requires_grad_(), w.clone().requires_grad_()
+        for margin, smoothing in ((ArcFace(), 0.0), (Softmax(), 0.1 if objective == "softmax" else 0.0)):
             loss, stats = reference.margin_cross_entropy(
-                x, w, y, ArcFace(), class_ids=ids, objective=objective, label_smoothing=smoothing, return_stats=True
+                x, w, y, margin, class_ids=ids, objective=objective, label_smoothing=smoothing, return_stats=True
             )
             assert loss == 0
             assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (x, w)))
@@ -542,6 +545,18 @@ def test_a_single_class(objective: str) -> None:
             assert stats.hardest_logit.tolist()[0] == -math.inf
             assert stats.hardest_class.tolist() == [-1] * 5
             assert stats.correct.tolist() == [True, False, True, True, True]
+
+
+def test_two_classes() -> None:
+    """The other one is all the rest."""
+    y = torch.tensor([0, 1, 1, 0, 1])
+    z = F.linear(X, W[:2])
+    loss, stats = reference.margin_cross_entropy(X, W[:2], y, Softmax(), return_stats=True, reduction="none")
+    other = z.gather(1, 1 - y[:, None])[:, 0]
+    close(loss, F.cross_entropy(z, y, reduction="none"))
+    close(stats.rest_logsumexp, other)
+    close(stats.hardest_logit, other)
+    assert torch.equal(stats.hardest_class, 1 - y)
 
 
 @all_cases
@@ -628,9 +643,24 @@ def test_low_precision_inputs_are_upcast_first(
 
 def test_autocast_does_not_lower_the_precision() -> None:
     x, w, y = X.float(), W.float(), torch.tensor(Y)
-    expected = reference.margin_cross_entropy(x, w, y, ArcFace())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(reference.margin_cross_entropy(x, w, y, ArcFace()), expected)
+    expected = by_hand(arcface(0.5, "cos-mm"), x, w, Y)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            close(reference.margin_cross_entropy(x, w, y, ArcFace()), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_vectors_do_not_change_the_precision(dtype: torch.dtype) -> None:
+    """Embeddings and weight decide it, not a bias, class weights or a margin of another dtype."""
+    x, w, y = X.float(), W.float(), torch.tensor(Y)
+    b, a = made(6, seed=3).to(dtype).requires_grad_(), made(6, seed=4).abs().to(dtype).requires_grad_()
+    margin = FromRows(dtype)
+    loss, stats = reference.margin_cross_entropy(x, w, y, margin, bias=b, class_weight=a, return_stats=True)
+    assert (loss.dtype, stats.target_logit.dtype, stats.rest_logsumexp.dtype) == (torch.float32,) * 3
+    loss.backward()
+    assert b.grad is not None
+    assert b.grad.dtype == dtype
+    assert a.grad is None  # class weights are constants, as in PyTorch's losses
 
 
 def test_options_that_change_nothing() -> None:
@@ -677,9 +707,13 @@ class FromRows(Margin):
     unit_embeddings = False
     seen: TargetRows
 
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.dtype = dtype
+
     def target_logit(self, rows: TargetRows) -> Tensor:
         self.seen = rows
-        return rows.product - 0.1 * rows.embedding_norm * rows.weight_norm - 0.01 * rows.target
+        return (rows.product - 0.1 * rows.embedding_norm * rows.weight_norm - 0.01 * rows.target).to(self.dtype)
 
 
 def test_own_margins() -> None:
@@ -694,7 +728,7 @@ def test_own_margins() -> None:
 def test_own_margin_sees_all_samples() -> None:
     x = X.clone()
     x[1] = math.nan
-    y = torch.tensor([2, IGNORE, 5, 2, 4])
+    y = torch.tensor([2, IGNORE, 5, 2, 4], dtype=torch.int32)
     margin = FromRows()
     _, stats = reference.margin_cross_entropy(x, W, y, margin, bias=made(6, seed=3), return_stats=True)
     x_norm, w_norm = X.norm(dim=1), W.norm(dim=1)[Y]
@@ -705,6 +739,7 @@ def test_own_margin_sees_all_samples() -> None:
     close(margin.seen.weight_norm, w_norm * kept)
     close(margin.seen.product, product * kept)
     assert margin.seen.target.tolist() == [2, 0, 5, 2, 4]
+    assert margin.seen.target.dtype == torch.int64
     expected = product - 0.1 * x_norm * w_norm - 0.01 * torch.tensor(Y) + made(6, seed=3)[Y]
     expected[1] = math.nan
     close(stats.target_logit, expected)

@@ -33,7 +33,7 @@ class LSoftmax(Margin):
     lam: Tensor
 
     def __init__(self, m: int = 4, lam: float = 0.0) -> None:
-        super().__init__(s=1.0)
+        super().__init__()
         if isinstance(m, bool) or int(m) != m or m < 1:
             raise ValueError(f"{type(self).__name__}: m must be an integer >= 1, got {m!r}")
         self.m = int(m)
@@ -115,7 +115,5 @@ def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]
 
 
 def piece(theta: Tensor, m: float | Tensor) -> Tensor:  # [N] -> [N]
-    """k = floor(m theta / pi); theta = pi belongs to the last piece, else its slope would have the wrong sign."""
-    last = math.ceil(m) - 1 if not isinstance(m, Tensor) else torch.ceil(m).to(theta.dtype) - 1
-    k = torch.floor(theta.detach() * m / math.pi)
-    return torch.minimum(k, torch.as_tensor(last, dtype=k.dtype, device=k.device))
+    """k = floor(m theta / pi), a constant for autograd. At theta = pi itself both neighbours give the same value."""
+    return torch.floor(theta.detach() * m / math.pi)

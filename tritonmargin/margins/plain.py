@@ -17,7 +17,7 @@ class Softmax(Margin):
     unit_weight = False
 
     def __init__(self) -> None:
-        super().__init__(s=1.0)
+        super().__init__()
 
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
