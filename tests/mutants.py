@@ -37,6 +37,7 @@ TESTS = {
     "margins/schedules.py": MARGIN_TESTS,
     "objectives.py": CORE_TESTS,
     "stream.py": CORE_TESTS,
+    "walk.py": CORE_TESTS,
     "kernels/torch_ops.py": CORE_TESTS,
     "kernels/variants.py": CORE_TESTS,
     "functional.py": CORE_TESTS,

@@ -12,7 +12,8 @@ from tritonmargin.kernels import current_backend
 from tritonmargin.kernels.torch_ops import accumulate, inverse_norm
 from tritonmargin.margins import Margin, Softmax, TargetRows
 from tritonmargin.objectives import OBJECTIVES, smoothed
-from tritonmargin.stream import Streamed, is_bounded, stream
+from tritonmargin.stream import Streamed, stream
+from tritonmargin.walk import is_bounded
 
 
 class Stats(NamedTuple):

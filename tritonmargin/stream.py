@@ -17,7 +17,7 @@ Forward walks the chunks once, backward once more (with retained tiles: not even
 
 **The exponential.** With f_i = dL/drest_i exp(-rest_i), P_ij = f_i exp(z_ij), and f commutes out of both products:
 dX_i = f_i (sum_j exp(z_ij) w'_j), A_j = sum_i exp(z_ij) (f_i x_i). So where a bound on |z| keeps exp(z) and its sum
-inside the range of the dtype (`is_bounded`), the tile is exp(z) and nothing else: no running max, no subtraction.
+inside the range of the dtype (`walk.is_bounded`), the tile is exp(z) and nothing else: no running max, no subtraction.
 At s = 64 f itself leaves float32's range, so A carries a common power e^K on its sample side, undone per class row.
 Everywhere else the max runs along and P = exp(z - rest) <= 1.
 
@@ -26,16 +26,13 @@ Everywhere else the max runs along and P = exp(z - rest) <= 1.
 
 from __future__ import annotations
 
-import functools
-import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonmargin.kernels import STREAMS
-from tritonmargin.kernels.torch_ops import Rows, Running, Shares, inverse_norm
+from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
+from tritonmargin.walk import Walk, chunk_classes, retained_classes
 
 
 class Streamed(NamedTuple):
@@ -51,94 +48,6 @@ class Streamed(NamedTuple):
     hardest_row: Tensor  # [N]  int64, -1 where there is no other class
     mean_row: Tensor  # [D]  sum_j c_j w'_j; saved for backward
     retained: Tensor  # [R, N]  tiles of the first R classes; saved for backward
-
-
-def is_bounded(bound: float, classes: int, dtype: torch.dtype) -> bool:
-    """Whether exp(z) with |z| <= bound, and the sum of `classes` of them, stay inside the range of `dtype`."""
-    return bound + math.log(max(classes, 1)) < math.log(torch.finfo(dtype).max) - 3.7
-
-
-def chunk_classes(n: int, d: int, classes: int, itemsize: int, chunk_bytes: int) -> int:
-    """How many classes to walk at a time: prepared rows, gradient rows and tile fill `chunk_bytes`."""
-    per_class = (n + 2 * d) * itemsize
-    chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
-    return max(1, min(classes, max(64, chunk // 64 * 64)))
-
-
-@functools.cache
-def cache_bytes() -> int:
-    """The default byte budget of a chunk: a third of the last-level cache, 8 MB where that is unknown."""
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(size.removesuffix("K")) * 1024 // 3
-    except (OSError, ValueError):
-        return 8 << 20
-
-
-def retained_classes(n: int, classes: int, chunk: int, itemsize: int, retain_bytes: int) -> int:
-    """How many classes' tiles fit in `retain_bytes`: whole chunks from the first on."""
-    fitting = retain_bytes // max(n * itemsize, 1)
-    return classes if fitting >= classes else fitting // chunk * chunk
-
-
-class Walk:
-    """One walk over the classes: the sizes, the chunks and the buffers that all chunks share."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        class_ids: Tensor | None,
-        unit: bool,
-        dtype: torch.dtype,
-        chunk_bytes: int,
-        backend: str,
-    ) -> None:
-        self.ops = STREAMS[backend]
-        self.weight, self.class_ids, self.unit = weight, class_ids, unit
-        self.n, self.d = x.shape
-        self.classes = len(weight) if class_ids is None else len(class_ids)
-        self.chunk = chunk_classes(self.n, self.d, self.classes, dtype.itemsize, chunk_bytes)
-        self.x = x.to(dtype)
-        self.acc = x.dtype
-        self.rows_buffer = self.x.new_empty(self.chunk, self.d)
-        exact = dtype == self.acc or not unit
-        self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
-        self.tile_buffer = self.x.new_empty(self.chunk, self.n)
-
-    def scratch(self, separate: bool) -> Tensor:
-        """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
-        if self.tile_buffer.dtype == self.acc and not separate:
-            return self.tile_buffer
-        return self.tile_buffer.new_empty(self.chunk, self.n, dtype=self.acc)
-
-    def chunks(self) -> list[tuple[int, int]]:
-        return [(start, min(start + self.chunk, self.classes)) for start in range(0, self.classes, self.chunk)]
-
-    def rows(self, start: int, stop: int) -> Rows:
-        return self.ops.prepare_rows(
-            self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer
-        )
-
-    def gradient_shape(self, sparse: bool) -> tuple[int, int]:
-        return (self.classes if sparse else len(self.weight)), self.d
-
-    def select(self, vector: Tensor | None, start: int, stop: int) -> Tensor | None:
-        """A per-class vector's numbers for the chunk."""
-        if vector is None or self.class_ids is None:
-            return None if vector is None else vector[start:stop]
-        return vector.index_select(0, self.class_ids[start:stop])
-
-    def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""
-        place = row.clamp(min=0)
-        if self.class_ids is not None and self.classes:
-            place = self.class_ids.index_select(0, place)
-        if not len(self.weight):
-            return self.x.new_zeros(self.n, self.d, dtype=self.acc), self.x.new_zeros(self.n, dtype=self.acc)
-        rows = torch.where(row[:, None] >= 0, self.weight.index_select(0, place).to(self.acc), 0.0)
-        norm = torch.linalg.vector_norm(rows, dim=1)
-        return (rows * inverse_norm(norm)[:, None] if self.unit else rows), norm
 
 
 @torch.library.custom_op("tritonmargin::stream", mutates_args=())
@@ -277,15 +186,6 @@ def stream_backward_op(
         grad_bias = x.new_zeros(len(weight) if need_bias else 0)
         kept = len(retained)
 
-        # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
-        outer = factor = None
-        left = x
-        if not walk.n:
-            g_walk = None
-        if g_walk is not None and shift is not None:
-            shift = finite(shift) if kind != "hinge" else shift
-            outer, inner, factor = split_factor(g_walk, shift) if kind == "exp" else (None, g_walk, None)
-            left = (x * inner[:, None]).to(dtype)
         shares = []
         if need_weight and g_target is not None:
             shares.append(Shares(target, x * g_target[:, None]))
@@ -297,6 +197,17 @@ def stream_backward_op(
             unit_rows = target_rows if unit else target_rows * inverse_norm(norm)[:, None]
             norm_shares = Shares(target, unit_rows * g_norm[:, None])
         mean_share = None if g_mean is None else g_mean @ x
+
+        # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
+        outer = factor = None
+        left = x
+        if not walk.n:
+            g_walk = None
+        if g_walk is not None and shift is not None:
+            shift = finite(shift) if kind != "hinge" else shift
+            beside = [share.along for share in shares] + ([] if mean_share is None else [mean_share])
+            outer, inner, factor = split_factor(g_walk, shift, beside) if kind == "exp" else (None, g_walk, None)
+            left = (x * inner[:, None]).to(dtype)
 
         # One buffer for A unless it can be written straight into the gradient's rows.
         direct = grad_weight.dtype == walk.acc == dtype and (class_ids is None or sparse)
@@ -418,16 +329,20 @@ def stream(x: Tensor, weight: Tensor, target: Tensor, **options: object) -> Stre
     return Streamed(*stream_op(x, weight, target, **options))
 
 
-def split_factor(g: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N] -> [N], [N], []
+def split_factor(g: Tensor, rest: Tensor, beside: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """f = g exp(-rest) so that neither product leaves the range of float32, rows of any ease side by side.
 
     dX_i = g_i (exp(-rest_i) (sum_j exp(z_ij) w'_j)) stays in range from inside out. A = sum_i exp(z_ij) f_i x_i mixes
-    the samples: A carries e^K, the largest power for which neither max |f| nor max |g| passes e^50 (and e^-K, applied
-    per class row, stays a normal number). Returns exp(-rest), e^K f, e^-K.
+    the samples: A carries e^K, the largest power for which max |f| and max |g| stay below e^50 and what is added
+    `beside` the sum below e^70 (and e^-K, applied per class row, stays a normal number).
+
+    Returns exp(-rest) [N], e^K f [N], e^-K [].
     """
     size = g.abs().log()
-    largest = torch.maximum(size - rest, size).amax()
-    power = (50.0 - largest).clamp(max=70.0).nan_to_num(nan=0.0, neginf=0.0)
+    power = 50.0 - torch.maximum(size - rest, size).amax()
+    for share in beside:
+        power = torch.minimum(power, 70.0 - share.abs().amax().log())
+    power = power.clamp(max=70.0).nan_to_num(nan=0.0, neginf=0.0)
     return torch.exp(-rest), g.sign() * torch.exp(size - rest + power), torch.exp(-power)
 
 

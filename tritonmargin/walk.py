@@ -1,0 +1,101 @@
+"""One walk over the classes: how much is walked at a time, and the buffers that all chunks share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tritonmargin.kernels import STREAMS
+from tritonmargin.kernels.torch_ops import Rows, inverse_norm
+
+
+def is_bounded(bound: float, classes: int, dtype: torch.dtype) -> bool:
+    """Whether exp(z) with |z| <= bound, and the sum of `classes` of them, stay inside the range of `dtype`."""
+    return bound + math.log(max(classes, 1)) < math.log(torch.finfo(dtype).max) - 3.7
+
+
+def chunk_classes(n: int, d: int, classes: int, itemsize: int, chunk_bytes: int) -> int:
+    """How many classes to walk at a time: prepared rows, gradient rows and tile fill `chunk_bytes`."""
+    per_class = (n + 2 * d) * itemsize
+    chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
+    return max(1, min(classes, max(64, chunk // 64 * 64)))
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The default byte budget of a chunk: a third of the last-level cache, 8 MB where that is unknown."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) * 1024 // 3
+    except (OSError, ValueError):
+        return 8 << 20
+
+
+def retained_classes(n: int, classes: int, chunk: int, itemsize: int, retain_bytes: int) -> int:
+    """How many classes' tiles fit in `retain_bytes`: whole chunks from the first on."""
+    fitting = retain_bytes // max(n * itemsize, 1)
+    return classes if fitting >= classes else fitting // chunk * chunk
+
+
+class Walk:
+    """One walk over the classes: the sizes, the chunks and the buffers that all chunks share."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        class_ids: Tensor | None,
+        unit: bool,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        backend: str,
+    ) -> None:
+        self.ops = STREAMS[backend]
+        self.weight, self.class_ids, self.unit = weight, class_ids, unit
+        self.n, self.d = x.shape
+        self.classes = len(weight) if class_ids is None else len(class_ids)
+        self.chunk = chunk_classes(self.n, self.d, self.classes, dtype.itemsize, chunk_bytes)
+        self.x = x.to(dtype)
+        self.acc = x.dtype
+        self.rows_buffer = self.x.new_empty(self.chunk, self.d)
+        exact = dtype == self.acc or not unit
+        self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
+        self.tile_buffer = self.x.new_empty(self.chunk, self.n)
+
+    def scratch(self, separate: bool) -> Tensor:
+        """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
+        if self.tile_buffer.dtype == self.acc and not separate:
+            return self.tile_buffer
+        return self.tile_buffer.new_empty(self.chunk, self.n, dtype=self.acc)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        return [(start, min(start + self.chunk, self.classes)) for start in range(0, self.classes, self.chunk)]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.ops.prepare_rows(
+            self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer
+        )
+
+    def gradient_shape(self, sparse: bool) -> tuple[int, int]:
+        return (self.classes if sparse else len(self.weight)), self.d
+
+    def select(self, vector: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """A per-class vector's numbers for the chunk."""
+        if vector is None or self.class_ids is None:
+            return None if vector is None else vector[start:stop]
+        return vector.index_select(0, self.class_ids[start:stop])
+
+    def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""
+        place = row.clamp(min=0)
+        if self.class_ids is not None and self.classes:
+            place = self.class_ids.index_select(0, place)
+        if not len(self.weight):
+            return self.x.new_zeros(self.n, self.d, dtype=self.acc), self.x.new_zeros(self.n, dtype=self.acc)
+        rows = torch.where(row[:, None] >= 0, self.weight.index_select(0, place).to(self.acc), 0.0)
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        return (rows * inverse_norm(norm)[:, None] if self.unit else rows), norm
