@@ -29,8 +29,10 @@ def split(glyphs: Glyphs, classes: int, unseen: int = UNSEEN, validation: int = 
     """A seeded permutation cut in three. The unseen characters do not depend on `classes`."""
     left = len(glyphs) - unseen
     if classes > left:
-        raise SystemExit(f"{classes} classes asked for, but {len(glyphs)} glyphs less {unseen} unseen ones leave {left}; "
-                         "`--scripts han hangul` has more")
+        raise SystemExit(
+            f"{classes} classes are too many: {len(glyphs)} glyphs less {unseen} unseen ones leave {left}; "
+            "`--scripts han hangul` has more"
+        )
     order = np.random.default_rng(seed).permutation(glyphs.rows)
     rest = order[unseen:]
     return Split(train=rest[:classes], unseen=order[:unseen], validation=rest[classes : classes + validation])
@@ -61,8 +63,9 @@ class Batches:
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """An independent stream of random numbers for each step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    """An independent stream of random numbers for each seed and step."""
+    # torch's CPU generator looks at the lower 32 bits of its seed only: both numbers have to be mixed into them.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 def augment(pictures: Tensor, random: torch.Generator) -> Tensor:  # [N, H, W] uint8 -> [N, 1, H, W] float32
@@ -84,8 +87,9 @@ def geometry(n: int, random: torch.Generator) -> Tensor:  # [N, 2, 3]
     angle, shear = angle * math.radians(15.0), shear * 0.2
     width, height = torch.exp(0.2 * grow + 0.1 * stretch), torch.exp(0.2 * grow - 0.1 * stretch)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    rows = (width * cos, shear * cos - height * sin, 0.1875 * right, width * sin, shear * sin + height * cos, 0.1875 * down)
-    return torch.stack(rows, dim=1).view(n, 2, 3)
+    across = (width * cos, shear * cos - height * sin, 0.1875 * right)
+    along = (width * sin, shear * sin + height * cos, 0.1875 * down)
+    return torch.stack(across + along, dim=1).view(n, 2, 3)
 
 
 def blurred(x: Tensor) -> Tensor:  # [N, 1, H, W]

@@ -43,8 +43,13 @@ class Glyphs:
         return len(self.rows)
 
 
-def load(scripts: tuple[str, ...] = ("han",), weights: tuple[str, ...] = WEIGHTS, limit: int | None = None,
-         cache: Path = Path(".cache/glyphs"), processes: int = 2) -> Glyphs:
+def load(
+    scripts: tuple[str, ...] = ("han",),
+    weights: tuple[str, ...] = WEIGHTS,
+    limit: int | None = None,
+    cache: Path = Path(".cache/glyphs"),
+    processes: int = 2,
+) -> Glyphs:
     """The glyphs of `scripts` (the first `limit` code points), rendered now unless the cache has them."""
     available = code_points(weights[0])
     wanted = np.array([c for script in scripts for piece in SCRIPTS[script] for c in piece if c in available])[:limit]
@@ -94,8 +99,11 @@ def render(path: Path, wanted: np.ndarray, weights: tuple[str, ...], processes: 
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(wanted), len(weights), SIZE, SIZE))
     images.flush()
-    pieces = [(str(temporary), view, weight, first, wanted[first : first + 2500].tolist())
-              for view, weight in enumerate(weights) for first in range(0, len(wanted), 2500)]
+    pieces = [
+        (str(temporary), view, weight, first, wanted[first : first + 2500].tolist())
+        for view, weight in enumerate(weights)
+        for first in range(0, len(wanted), 2500)
+    ]
     try:
         with tqdm(total=len(wanted) * len(weights), desc="rendering", unit="glyph", unit_scale=True) as bar:
             if processes > 1 and len(pieces) > 1:

@@ -1,0 +1,205 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as Box
+
+from perf import audit as audits
+from perf import machine, memory, profiling, rates, report, timing
+from perf import plan as plans
+from perf.problem import Problem
+from perf.providers import discover
+from perf.tables import STEP, Table, tables
+
+app = typer.Typer(
+    help="Speed and memory of tritonmargin beside other code.", no_args_is_help=True, add_completion=False
+)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+Out = Annotated[Path, typer.Option(help="folder of CSVs, machine.json, perf.md and plots")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: its own choice")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+N = Annotated[int, typer.Option("--n", min=1, help="samples")]
+D = Annotated[int, typer.Option("--d", min=1, help="width of embeddings")]
+C = Annotated[int, typer.Option("--c", min=1, help="classes")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ...")]
+AUDIT = "audit"
+
+
+@app.command()
+def run(
+    quick: Annotated[bool, typer.Option("--quick", help="fewer repeats and sizes: minutes on two cores")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="one table; may be given several times")] = None,
+    out: Out = Path("reports"),
+    threads: Threads = None,
+    device: Device = "cpu",
+    profile: Annotated[bool, typer.Option("--profile", help="also write profile_<row>.txt of our steps")] = False,
+) -> None:
+    """Measure every table, write CSVs, plots and perf.md, and print the tables."""
+    scale = "tiny" if tiny else "quick" if quick else "full"
+    chosen = tables(scale, device)
+    names = only or [*chosen, AUDIT]
+    for name in names:
+        if name not in (*chosen, AUDIT):
+            raise typer.BadParameter(f"no table {name!r}; there are {', '.join([*chosen, AUDIT])}", param_hint="--only")
+    if threads:
+        torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = machine.describe(device) | {"scale": scale}
+    console.print(machine.one_line(facts), highlight=False)
+    if facts["load_before"] and facts["load_before"] > 0.5:
+        console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
+    for file, why in discover().skipped.items():
+        console.print(f"[yellow]skipped {file}: {why}")
+
+    for name in names:
+        begin = time.perf_counter()
+        with saying() as say:
+            frame = audit_all(chosen, out, say, hasty=tiny) if name == AUDIT else measured(chosen[name], say)
+        frame.to_csv(out / f"{name}.csv", index=False)
+        known = report.facts(out) | {name: facts | {"seconds": round(time.perf_counter() - begin, 1)}}
+        (out / "machine.json").write_text(json.dumps(known, indent=1) + "\n")
+        show(name, report.load(out)[name])
+        if profile and name != AUDIT and not chosen[name].memory:
+            for path in profiling.write_profiles(chosen[name].rows, out):
+                console.print(f"wrote {path}", highlight=False)
+    frames = report.load(out)
+    console.print(f"\nwrote {report.write(out, frames)}: {report.verdict(frames)}", highlight=False)
+
+
+@app.command("report")
+def report_command(
+    out: Out = Path("reports"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="only print the tables that a README needs")] = False,
+) -> None:
+    """Render perf.md and the plots again from the CSVs."""
+    frames = report.load(out)
+    if not frames:
+        raise typer.BadParameter(f"no CSVs in {out}; `python -m perf run` writes them", param_hint="--out")
+    if markdown:
+        typer.echo(report.short(frames, report.facts(out)))
+        return
+    typer.echo(f"wrote {report.write(out, frames)}: {report.verdict(frames)}")
+
+
+@app.command("audit")
+def audit_command(
+    n: N = 256,
+    d: D = 512,
+    c: C = 131_072,
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    device: Device = "cpu",
+    rounds: Annotated[int, typer.Option(min=0, help="steps to time beside the prediction; 0: none")] = 3,
+) -> None:
+    """Count flops, elements and bytes of a step, and say what bounds it on this machine."""
+    if threads:
+        torch.set_num_threads(threads)
+    problem = Problem(n, d, c, dtype, device)
+    with saying() as say:
+        taken = audits.measure(problem, rounds, say) if rounds else {}
+        say("audit: rates of this machine")
+        frame = audits.audit(problem, taken)
+    for (provider, mode), parts in frame.groupby(["provider", "mode"], sort=False):
+        boxed(report.audit_parts(parts), f"{provider}, {mode}")
+    show(AUDIT, frame)
+
+
+@app.command("plan")
+def plan_command(
+    n: N = 256,
+    d: D = 512,
+    c: C = 1_000_000,
+    dtype: Dtype = "float32",
+    memory_mb: Annotated[
+        float | None, typer.Option("--memory", min=0, help="MB for everything; retain what fits")
+    ] = None,
+    chunk_mb: Annotated[float, typer.Option("--chunk", min=0, help="MB a chunk; 0: from the cache's size")] = 0.0,
+) -> None:
+    """Chunk size and predicted memory, beside the usual code with full logits."""
+    problem = Problem(n, d, c, dtype)
+    made = plans.plan(problem, None if memory_mb is None else int(memory_mb * 1e6), int(chunk_mb * 1e6))
+    boxed(plan_table(made, memory_mb), problem.title)
+    typer.echo(f"chunks: {made.chunks} of {made.chunk} classes")
+    if memory_mb is not None:
+        typer.echo(f"retain_bytes={made.retain_bytes}: keeps the tiles of {made.retained} of {c} classes")
+
+
+# -- what the commands are made of -------------------------------------------------------------------------------
+
+
+def measured(table: Table, say: timing.Say) -> pd.DataFrame:
+    return memory.measure(table, say) if table.memory else timing.measure(table, say)
+
+
+def audit_all(chosen: dict[str, Table], out: Path, say: timing.Say, hasty: bool = False) -> pd.DataFrame:
+    """The audit at every size of the fp32 and bf16 tables, with the times that these tables hold."""
+    frames = []
+    for name in ("fp32", "bf16"):
+        path = out / f"{name}.csv"
+        times = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        for problem in dict.fromkeys(row.problem for row in chosen[name].rows if row.mode == STEP):
+            say(f"audit: {problem.title}")
+            speed = rates.measure(problem, 0.01, 1 << 22) if hasty else rates.measure(problem)
+            frames.append(audits.audit(problem, audits.medians(times, problem), speed))
+    return pd.concat(frames)
+
+
+def show(name: str, frame: pd.DataFrame) -> None:
+    """One table on the terminal."""
+    if name == AUDIT:
+        for size, rows in frame.groupby(report.SIZE, sort=False):
+            table = report.audit_table(rows)[["row", "roofline, ms", "predicted, ms", "measured, ms", "bound by"]]
+            boxed(table, f"what bounds the rows: {report.heading(size)}")
+        return
+    wide = name in ("memory", "linear")
+    render = {"memory": report.memory_table, "linear": report.linear_table}.get(name, report.speed_table)
+    for size, rows in frame.groupby(["dtype", "N", "D"] if wide else report.SIZE, sort=False):
+        boxed(render(rows), f"{name}: {report.heading(size)}")
+        for line in report.left_out(rows):
+            console.print(line, style="yellow", highlight=False)
+
+
+def plan_table(made: plans.Plan, memory_mb: float | None) -> pd.DataFrame:
+    rows = {"tritonmargin": made.ours, "full logits": made.full_logits}
+    fits = {
+        name: "" if memory_mb is None else "yes" if made.fixed + extra <= memory_mb * 1e6 else "NO"
+        for name, extra in rows.items()
+    }
+    return pd.DataFrame([
+        {"": name, "W, MB": report.digits(made.weight / 1e6), "gradient of W": report.digits(made.gradient / 1e6),
+         "inputs": report.digits(made.inputs / 1e6), "beyond": report.digits(extra / 1e6),
+         "in all": report.digits((made.fixed + extra) / 1e6), "fits": fits[name]}
+        for name, extra in rows.items()
+    ])  # fmt: skip
+
+
+def boxed(frame: pd.DataFrame, heading: str) -> None:
+    box = Box(title=heading, title_justify="left")
+    for name in frame:
+        box.add_column(
+            str(name), justify="left" if name in ("", "mode", "row", "size", "bound", "met", "part") else "right"
+        )
+    for row in frame.itertuples(index=False):
+        box.add_row(*map(str, row))
+    console.print(box)
+
+
+@contextmanager
+def saying() -> Iterator[timing.Say]:
+    """A line of progress on a terminal, nothing elsewhere."""
+    with console.status("") as status:
+        yield status.update

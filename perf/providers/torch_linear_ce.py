@@ -1,0 +1,54 @@
+"""`torch.nn.functional.linear_cross_entropy`: linear and cross-entropy, without margin and normalisation.
+
+Without `options` it is those two calls. `LinearCrossEntropyOptions` walks the batch in chunks of rows; its default
+(`chunking_method="auto"`) makes the chunk's logits as large as the input, which at C >> N is one row a chunk. The third
+row gives it a chunk size that suits many classes better.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perf.problem import Problem
+from perf.providers.base import Provider
+
+if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
+
+
+class LinearCrossEntropy(Provider):
+    name, title = "torch-lce", "F.linear_cross_entropy (no margin)"
+    loss, peer = "softmax", "ours-linear"
+    logits_copies = 4
+    chunk_rows: int | None = None
+    chunked = False
+
+    def forward(self) -> Tensor:
+        options = None
+        if self.chunked and self.chunk_rows is None:
+            options = torch.nn.LinearCrossEntropyOptions()
+        elif self.chunked:
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk_rows)
+        return F.linear_cross_entropy(self.x, self.weight, self.target, options=options)
+
+
+class Chunked(LinearCrossEntropy):
+    """Gradients are made in forward, so only the whole step can be compared."""
+
+    name, title = "torch-lce-chunked", "F.linear_cross_entropy, its default chunking (no margin)"
+    modes = ("forward+backward",)
+    logits_copies = 0
+    chunked = True
+
+
+class ChunkedByHand(Chunked):
+    name, title = "torch-lce-rows64", "F.linear_cross_entropy, batch_chunk_size=64 (no margin)"
+    chunk_rows = 64
+
+    def supports(self, problem: Problem) -> str | None:
+        return super().supports(problem) or ("the batch is one chunk" if problem.n <= 64 else None)
+
+
+PROVIDERS = (LinearCrossEntropy, Chunked, ChunkedByHand)

@@ -1,0 +1,495 @@
+"""The losses against the float64 reference: every margin, objective and reduction, values and gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    ONE_CHUNK,
+    Problem,
+    assert_rows_close,
+    assert_same,
+    at_angle,
+    cost,
+    every_backend,
+    every_margin,
+    every_objective,
+    made,
+    oracle,
+    problem,
+    run,
+    streamed,
+)
+from torch import Tensor
+
+import tritonmargin as tm
+from tritonmargin.margins import MARGINS
+
+# Sizes at which blocked code goes wrong: (N, D, C), and why.
+SHAPES = {
+    "one class past a chunk": (6, 9, ONE_CHUNK + 1),
+    "one class past two chunks": (5, 65, 2 * ONE_CHUNK + 1),
+    "exactly one chunk": (6, 9, ONE_CHUNK),
+    "one sample": (1, 17, 131),
+    "one column": (7, 1, 2 * ONE_CHUNK + 3),
+    "two classes": (5, 9, 2),
+    "one class": (5, 9, 1),
+    "more samples than anything": (70, 3, 5),
+}
+# Kinds of loss that take different ways through the stream.
+KINDS = {
+    "bounded": tm.ArcFace(m=0.4, s=16.0),
+    "unit rows past the bound": tm.CosFace(m=0.3, s=200.0),
+    "raw rows, |w_y| asked for": tm.LSoftmax(m=3, lam=1.0),
+    "raw rows": tm.Softmax(),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def tolerance(given: Problem, margin: tm.Margin, objective: str = "softmax") -> tuple[float, float]:
+    """rtol of each row, and an absolute one for what is 0 in exact arithmetic or a difference of logits."""
+    atol = 1e-11 if objective != "softmax" else 1e-14
+    if given.x.shape[1] == 1 and (margin.unit_embeddings or margin.unit_weight):
+        # A unit row of one number has no direction to move in: the gradient is what rounding leaves of cos = +-1, 1e-16,
+        # times the slope of arccos there, 1/sqrt(2 eps) = 5e7, and s = 64. The values are as uncertain: arccos(1 - eps).
+        atol = 1e-5 * (len(given.w) if objective == "hinge" else 1)
+    return 1e-10, atol
+
+
+# -- everything against the reference ------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("shape", SHAPES)
+@every_objective
+@every_margin
+def test_against_the_reference(name: str, objective: str, shape: str, backend: str) -> None:
+    given, margin = problem(*SHAPES[shape]), MARGINS[name]()
+    for reduction in ("mean", "sum", "none"):
+        options = {"objective": objective, "reduction": reduction}
+        ours = streamed(given, margin, backend=backend, **options)
+        assert_same(ours, oracle(given, margin, **options), *tolerance(given, margin, objective), what=options)
+
+
+def option(name: str, given: Problem) -> tuple[Problem, dict[str, object]]:
+    """A problem and the keywords that make this option matter."""
+    c = len(given.w)
+    ids = torch.cat([given.y, torch.arange(0, c, 2)]).unique()
+    class_weight = made(c, seed=7).abs() + 0.1
+    ignoring = given.y.clone()
+    ignoring[[1, -1]] = -100
+    bias = made(c, seed=8)
+    everything = {
+        "class_ids": ids, "class_weight": class_weight, "label_smoothing": 0.3, "ignore_index": int(given.y[2]),
+    }  # fmt: skip
+    return {
+        "bias": (replace(given, bias=bias), {}),
+        "class_ids": (given, {"class_ids": ids}),
+        "class_ids and bias": (replace(given, bias=bias), {"class_ids": ids}),
+        "class_weight": (given, {"class_weight": class_weight}),
+        "label_smoothing": (given, {"label_smoothing": 0.1}),
+        "label_smoothing of 1": (given, {"label_smoothing": 1.0}),
+        "label_smoothing and class_weight": (given, {"label_smoothing": 0.2, "class_weight": class_weight}),
+        "ignore_index": (replace(given, y=ignoring), {}),
+        "another ignore_index": (given, {"ignore_index": int(given.y[0])}),
+        "sparse_grad": (given, {"sparse_grad": True}),
+        "sparse_grad and class_ids": (given, {"sparse_grad": True, "class_ids": ids}),
+        "everything": (replace(given, bias=bias), {**everything, "sparse_grad": True, "retain_bytes": 10**4}),
+    }[name]
+
+
+OPTIONS = [
+    "bias", "class_ids", "class_ids and bias", "class_weight", "label_smoothing", "label_smoothing of 1",
+    "label_smoothing and class_weight", "ignore_index", "another ignore_index", "sparse_grad",
+    "sparse_grad and class_ids", "everything",
+]  # fmt: skip
+
+
+@every_backend
+@pytest.mark.parametrize("name", OPTIONS)
+@every_objective
+@every_kind
+def test_options_against_the_reference(kind: str, objective: str, name: str, backend: str) -> None:
+    given, options = option(name, problem(8, 9, 2 * ONE_CHUNK + 5, seed=1))
+    if objective != "softmax":
+        options.pop("label_smoothing", None)
+    if not options and given.bias is None and name != "ignore_index":
+        pytest.skip("label smoothing belongs to the softmax objective")
+    # A smoothed loss is a difference of logits, and a sum over all classes in the gradient to x.
+    rtol, atol = 1e-10, 1e-11
+    for reduction in ("mean", "sum", "none"):
+        these = {**options, "objective": objective, "reduction": reduction}
+        ours = streamed(given, KINDS[kind], backend=backend, **these)
+        assert_same(ours, oracle(given, KINDS[kind], **these), rtol, atol, (name, reduction))
+
+
+@every_backend
+@pytest.mark.parametrize("objective", ["softmax", "max-hinge", "hinge"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["all", "sampled"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@every_kind
+def test_stats_against_the_reference(kind: str, with_bias: bool, sampled: bool, objective: str, backend: str) -> None:
+    given = problem(40, 9, 3 * ONE_CHUNK + 1, bias=with_bias, seed=2)
+    given.y[[3, 17]] = -100
+    # Some of them right, some wrong.
+    given.x[:12] = 6.0 * given.w[given.y[:12].clamp(min=0)] + 0.1 * given.x[:12]
+    ids = torch.cat([given.y[given.y >= 0], torch.arange(1, len(given.w), 3)]).unique() if sampled else None
+    options = {"class_ids": ids, "objective": objective, "return_stats": True, "reduction": "none"}
+    x, w = given.x.clone().requires_grad_(), given.w.clone().requires_grad_()
+    with tm.use_backend(backend):
+        loss, ours = tm.margin_cross_entropy(x, w, given.y, KINDS[kind], bias=given.bias, chunk_bytes=1, **options)
+    expected_loss, expected = tm.reference.margin_cross_entropy(
+        given.x, given.w, given.y, KINDS[kind], bias=given.bias, **options
+    )
+    assert_rows_close(loss, expected_loss, 1e-10, 1e-11)
+    for field, value, other in zip(expected._fields, ours, expected, strict=True):
+        assert not value.requires_grad, field
+        assert value.dtype == other.dtype, field
+        if value.is_floating_point():
+            assert_rows_close(value, other, 1e-11, 1e-11, field)
+        else:
+            assert torch.equal(value, other), field
+    assert 0 < ours.correct.sum() < 38
+    plain, _ = tm.margin_cross_entropy(x, w, given.y, KINDS[kind], bias=given.bias, chunk_bytes=1, **options)
+    assert torch.equal(plain, loss)
+
+
+def test_hardest_class_is_the_lowest_of_equals() -> None:
+    """Whether they stand in one chunk or in several."""
+    given = problem(4, 8, 4 * ONE_CHUNK)
+    for copies in ([3, 7, 11], [60, 70, 250], [1, 64, 128]):
+        w = given.w.clone()
+        w[copies] = given.w[copies[0]]
+        x, y = w[copies[0]].expand(4, 8), torch.tensor([0, 2, copies[0], copies[1]])
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            _, stats = tm.margin_cross_entropy(
+                x.to(dtype), w.to(dtype), y, tm.NormFace(), chunk_bytes=1, return_stats=True
+            )
+            assert stats.hardest_class.tolist() == [copies[0], copies[0], copies[1], copies[0]]
+
+
+@every_backend
+@every_objective
+def test_an_empty_batch(objective: str, backend: str) -> None:
+    given = problem(0, 4, 131)
+    for reduction, value in (("mean", math.nan), ("sum", 0.0)):
+        ours = streamed(given, tm.ArcFace(), objective=objective, reduction=reduction, backend=backend)
+        torch.testing.assert_close(ours["loss"], torch.tensor(value, dtype=torch.float64), equal_nan=True)
+        assert not ours["dw"].any()
+    assert streamed(given, tm.Softmax(), objective=objective, reduction="none")["loss"].shape == (0,)
+
+
+# -- where other implementations fail ------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("cosine", [1.0, -1.0])
+@every_objective
+@every_margin
+def test_target_cosine_of_exactly_one(name: str, objective: str, cosine: float, backend: str) -> None:
+    """acos has no slope there: gradients are nan or 1e3 too large in the usual code."""
+    margin = MARGINS[name]()
+    given = problem(6, 16, 2 * ONE_CHUNK + 1, seed=3)
+    x = cosine * given.w[given.y] * torch.tensor([0.5, 1.0, 2.0, 1.0, 4.0, 1.0], dtype=torch.float64)[:, None]
+    given = replace(given, x=x)
+    options = {"objective": objective, "reduction": "none"}
+    # The slope of ArcFace is 2e7 one eps away from 1 in float64, and meets 1e-16 of direction left by rounding; the
+    # hinge does so once for every class.
+    noise = 1e-6 * (len(given.w) if objective == "hinge" else 1)
+    assert_same(streamed(given, margin, backend=backend, **options), oracle(given, margin, **options), 1e-7, noise)
+    rounded = given.to(torch.float32)
+    ours, expected = streamed(rounded, margin, backend=backend, **options), oracle(rounded, margin, **options)
+    # In float32 2e3 meets 1e-7, times s = 64: 1e-2 beside gradients of 64 and more.
+    for key, value in ours.items():
+        scale = float(expected[key].abs().max()) + 64.0
+        assert (value.double() - expected[key]).abs().max() <= 1e-3 * scale, key
+
+
+def spread(dtype: torch.dtype, s: float, d: int = 24) -> Problem:
+    """Easy and hopeless samples side by side: targets at cosines from 1 to -1 and one rival for every sample."""
+    c = 3 * ONE_CHUNK + 1
+    cosines = torch.tensor([1.0, 0.999, 0.95, 0.9, 0.7, 0.5, 0.3, 0.0, -0.3, -0.7, -0.9, -1.0], dtype=torch.float64)
+    n = len(cosines)
+    w = made(c, d, seed=1)
+    y = torch.arange(n) * 16 + 1
+    # Some samples lean towards another class, which is then nearly as right as can be.
+    aside = torch.where(torch.arange(n)[:, None] % 2 == 0, w[y + 3], made(n, d, seed=2))
+    return Problem(at_angle(cosines, w[y], aside), w, y, made(n, seed=3)).to(dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("s", [64.0, 80.0, 30.0])
+@pytest.mark.parametrize("make", [tm.NormFace, tm.CosFace, tm.ArcFace])
+def test_no_sample_loses_its_gradient_in_float32(make: type[tm.Margin], s: float, backend: str) -> None:
+    """p_y from 1 - 1e-26 to 1e-50 in one batch, each row to its own precision.
+
+    exp(rest) covers 1e-30 to 1e+30, the gradients of the samples 1e-26 to 1. 80 is just on the bounded side of the
+    switch for 193 classes, the most that the product of factors has to bear.
+    """
+    given = spread(torch.float32, s)
+    margin = make(s=s)
+    ours = streamed(given, margin, reduction="none", backend=backend)
+    expected = oracle(given, margin, reduction="none")
+    assert expected["loss"].min() < 1e-6 or make is not tm.NormFace
+    assert expected["loss"].max() > s
+    # A logit is exact to 1e-7 of s, and so are the logs of everything.
+    assert_rows_close(ours["loss"], expected["loss"], 2e-6 * s, what="loss")
+    # At cos = +-1 the tangent is noise (see above): those samples and their classes are held by the test before this one.
+    others = torch.ones(len(given.w), dtype=torch.bool)
+    others[given.y[[0, -1]]] = False
+    assert_rows_close(ours["dx"][1:-1], expected["dx"][1:-1], 1e-5 * s, what="dx")
+    assert_rows_close(ours["dw"][others], expected["dw"][others], 1e-5 * s, what="dw")
+
+
+@every_backend
+def test_gradients_of_easy_rows_alone_reach_every_class(backend: str) -> None:
+    """All samples at p_y = 1 - 1e-17: gradients of 1e-17 and below, in float32, none of them lost."""
+    given = spread(torch.float32, 64.0)
+    given = replace(given, x=given.w[given.y] + 0.01 * made(*given.x.shape, seed=5).float())
+    ours = streamed(given, tm.NormFace(), reduction="none", backend=backend)
+    expected = oracle(given, tm.NormFace(), reduction="none")
+    assert expected["loss"].min() < 1e-10
+    assert_same(ours, expected, 2e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("power", [-24, 0, 24, 40])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("easy", [True, False])
+def test_upstream_gradients_of_any_size(easy: bool, smoothing: float, power: int, backend: str) -> None:
+    """A loss scaled for float16, or a weight per sample: the gradient scales along, up to rounding."""
+    w = torch.eye(8)
+    y = torch.zeros(256, dtype=torch.int64)
+    x = w[y] + 0.02 * made(256, 8).float() if easy else made(256, 8).float()
+    given = Problem(x, w, y, torch.ones(256))
+    scaled = replace(given, upstream=given.upstream * 2.0**power)
+    options = {"label_smoothing": smoothing, "reduction": "none", "backend": backend}
+    ours, plain = streamed(scaled, tm.NormFace(), **options), streamed(given, tm.NormFace(), **options)
+    for key in ("dx", "dw"):
+        assert_rows_close(ours[key] * 2.0**-power, plain[key], 1e-4, what=key)
+
+
+def test_plain_softmax_with_a_common_offset_of_ten_thousand() -> None:
+    """An offset of all logits changes nothing, and in float32 costs 1e4 eps = 1e-3, as everywhere."""
+    given = problem(6, 9, 2 * ONE_CHUNK + 1, seed=4)
+    one = torch.ones(6, 1, dtype=torch.float64)
+    shifted = replace(
+        given,
+        x=torch.cat([given.x, 100.0 * one], dim=1),
+        w=torch.cat([given.w, 100.0 * torch.ones(len(given.w), 1, dtype=torch.float64)], dim=1),
+    )
+    for objective in ("softmax", "lse-hinge", "max-hinge", "hinge"):
+        options = {"objective": objective, "reduction": "none"}
+        plain, moved = streamed(given, tm.Softmax(), **options), streamed(shifted, tm.Softmax(), **options)
+        assert_rows_close(moved["loss"], plain["loss"], 1e-10, 1e-10)
+        assert_rows_close(moved["dx"][:, :-1], plain["dx"], 1e-10, 1e-10)
+        assert_rows_close(moved["dw"][:, :-1], plain["dw"], 1e-10, 1e-10)
+        single = shifted.to(torch.float32)
+        ours, exact = streamed(single, tm.Softmax(), **options), oracle(single, tm.Softmax(), **options)
+        # The last column's gradient is 100 (sum_j p_j - 1) = 0, times what 1e4 leaves of the logits' precision.
+        assert_same(ours, exact, 0.02, 0.2 * (len(given.w) if objective == "hinge" else 1), objective)
+        ours["dx"], exact["dx"] = ours["dx"][:, :-1], exact["dx"][:, :-1]
+        ours["dw"], exact["dw"] = ours["dw"][:, :-1], exact["dw"][:, :-1]
+        assert_same(ours, exact, 0.01, 0.01, objective)
+    far = replace(given, bias=torch.full((len(given.w),), 1e4, dtype=torch.float64))
+    assert_rows_close(streamed(far, tm.Softmax())["loss"], streamed(given, tm.Softmax())["loss"], 1e-10)
+
+
+@every_margin
+def test_per_sample_losses_can_be_weighted_afterwards(name: str) -> None:
+    """Gradients made in the forward pass with one common factor are right for a mean and wrong here."""
+    given, margin = problem(12, 9, 131, seed=5), MARGINS[name]()
+    x, w = given.x.clone().requires_grad_(), given.w.clone().requires_grad_()
+    losses = [f(x, w, given.y, margin, reduction="none") for f in (streamed_loss, tm.reference.margin_cross_entropy)]
+    for combine in (
+        lambda loss: (loss * given.upstream).sum(),
+        lambda loss: loss.square().mean(),
+        lambda loss: loss[3],
+    ):
+        ours, expected = (torch.autograd.grad(combine(loss), (x, w), retain_graph=True) for loss in losses)
+        assert_rows_close(ours[0], expected[0], 1e-9)
+        assert_rows_close(ours[1], expected[1], 1e-9, 1e-13)
+
+
+def streamed_loss(*args: object, **options: object) -> Tensor:
+    return tm.margin_cross_entropy(*args, chunk_bytes=1, **options)
+
+
+@every_backend
+@pytest.mark.parametrize("p", [0.9, 0.999, 0.99999])
+def test_classifier_gradients_in_bfloat16_near_p_of_one(p: float, backend: str) -> None:
+    """p_y - 1 formed in bfloat16 is off by up to 100 % at p_y = 0.999, where training spends its time."""
+    c, d = 2 * ONE_CHUNK + 1, 192
+    y = torch.tensor([5, 70, 128])
+    own = math.log(p / (1.0 - p) * (c - 1.0))
+    for margin, x in ((tm.Softmax(), own * torch.eye(c, d)[y]), (tm.NormFace(s=64.0), facing(own, y, c, d))):
+        given = Problem(x, torch.eye(c, d), y, torch.ones(3)).to(torch.bfloat16)
+        expected = oracle(given, margin, reduction="none")
+        assert math.exp(-expected["loss"][0]) == pytest.approx(p, rel=0.02)
+        ours = streamed(given, margin, reduction="none", backend=backend)
+        assert ours["dw"].dtype == torch.bfloat16
+        # A logit of a rival is near 0 and so is its error; the stored gradient rounds by 2^-9.
+        assert_rows_close(ours["dw"][y], expected["dw"][y], 2.0**-7, what="rows of the targets")
+        assert_rows_close(ours["loss"], expected["loss"], 2.0**-7, what="loss")
+    rounded = torch.tensor(p).bfloat16() - 1.0
+    assert p < 0.99 or abs(float(rounded) / (p - 1.0) - 1.0) > 0.5  # the failure itself
+
+
+def facing(logit: float, y: Tensor, c: int, d: int) -> Tensor:
+    """Unit rows whose logit at s = 64 is `logit` for their own class and 0 for all others, the rest where no class is."""
+    cosine = torch.full((len(y),), logit / 64.0)
+    return at_angle(cosine, torch.eye(c, d)[y], torch.eye(d)[torch.full((len(y),), d - 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_keeps_its_relative_precision_at_both_ends(dtype: torch.dtype) -> None:
+    """logsumexp - t is 0 below 1e-7; log(p clamped at 1e-30) is stuck at 69.08."""
+    w = torch.eye(4, dtype=dtype)
+    y = torch.zeros(5, dtype=torch.int64)
+    t = torch.tensor([40.0, 20.0, 0.0, -80.0, -1000.0], dtype=dtype)
+    loss = tm.margin_cross_entropy(t[:, None] * w[y], w, y, tm.Softmax(), reduction="none")
+    exact = [math.log1p(3.0 * math.exp(-value)) if value > -700 else math.log(3.0) - value for value in t.tolist()]
+    assert exact[0] == pytest.approx(1.27e-17, rel=1e-2)
+    assert loss.tolist() == pytest.approx(exact, rel=4.0 * 40.0 * torch.finfo(dtype).eps)
+    # The same ends at s = 64, where cosines are all there is.
+    x = at_angle(torch.tensor([1.0, -1.0], dtype=torch.float64), torch.eye(4)[:1].double().expand(2, 4), made(2, 4))
+    losses = tm.margin_cross_entropy(x.to(dtype), w, y[:2], tm.NormFace(), reduction="none")
+    assert losses.tolist() == pytest.approx([3.0 * math.exp(-64.0), 64.0 + math.log(3.0)], rel=1e-5)
+
+
+# -- dtypes and layouts --------------------------------------------------------------------------------------------
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("of_w", FLOATS, ids=str)
+@pytest.mark.parametrize("of_x", FLOATS, ids=str)
+@every_kind
+def test_mixed_dtypes(kind: str, of_x: torch.dtype, of_w: torch.dtype) -> None:
+    """Products in the common dtype, sums and the loss in float32 or float64, gradients in each input's own."""
+    given = problem(6, 9, 131, seed=6)
+    given = replace(given, x=given.x.to(of_x), w=given.w.to(of_w))
+    compute = torch.promote_types(of_x, of_w)
+    found: list[dict[str, Tensor]] = []
+    with_bias = KINDS[kind].unit_weight is False
+    if with_bias:
+        given = replace(given, bias=made(131).to(of_w))
+    paid = cost(lambda: found.append(streamed(given, KINDS[kind], reduction="none")))
+    ours = found[0]
+    assert ours["loss"].dtype == (torch.float64 if compute == torch.float64 else torch.float32)
+    assert (ours["dx"].dtype, ours["dw"].dtype) == (of_x, of_w)
+    assert not with_bias or ours["db"].dtype == of_w
+    names = {torch.bfloat16: "c10::BFloat16", torch.float32: "float", torch.float64: "double"}
+    # exp(64) does not fit float16: on the CPU its products are in float32.
+    product = names[torch.float32 if compute == torch.float16 else compute]
+    assert {dtype for dtypes in paid.products for dtype in dtypes} == {product}
+    eps = max(torch.finfo(dtype).eps for dtype in (of_x, of_w))
+    expected = oracle(given, KINDS[kind], reduction="none")
+    s = KINDS[kind].s if KINDS[kind].unit_embeddings else 4.0
+    for key, value in ours.items():
+        error, size = (value.double() - expected[key]).norm(), expected[key].norm()
+        assert error <= 2.0 * s * eps * size, (key, error / size)
+
+
+@every_kind
+def test_autocast(kind: str) -> None:
+    """Under autocast products are in its dtype; norms, sums, the loss and the gradients are not."""
+    given = problem(6, 9, 131, seed=6)
+    for dtype in (torch.float32, torch.float64):
+        typed = given.to(dtype)
+        found: list[dict[str, Tensor]] = []
+
+        def call(typed: Problem = typed, found: list[dict[str, Tensor]] = found) -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(streamed(typed, KINDS[kind], reduction="none"))
+
+        paid = cost(call)
+        used = {name for names in paid.products for name in names}
+        assert used == ({"c10::BFloat16"} if dtype == torch.float32 else {"double"})
+        assert all(value.dtype == dtype for value in found[0].values())
+        plain = streamed(typed, KINDS[kind], reduction="none")
+        assert torch.equal(found[0]["loss"], plain["loss"]) == (dtype == torch.float64)
+        s = KINDS[kind].s if KINDS[kind].unit_embeddings else 4.0
+        for key, value in plain.items():
+            assert (found[0][key] - value).norm() <= 2.0**-7 * s * value.norm(), key
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@every_kind
+def test_sparse_and_dense_gradients_agree(kind: str, dtype: torch.dtype) -> None:
+    given = problem(6, 9, 3 * ONE_CHUNK, seed=7).to(dtype)
+    ids = torch.cat([given.y, torch.arange(5, 190, 4)]).unique()
+    for class_ids in (None, ids):
+        w = given.w.clone().requires_grad_()
+        grads = []
+        for sparse in (False, True):
+            loss = tm.margin_cross_entropy(
+                given.x, w, given.y, KINDS[kind], class_ids=class_ids, sparse_grad=sparse, chunk_bytes=1
+            )
+            grads.append(torch.autograd.grad(loss, w)[0])
+        dense, sparse = grads
+        assert sparse.is_sparse
+        assert sparse.is_coalesced()
+        assert sparse.dtype == dtype
+        walked = torch.arange(len(w)) if class_ids is None else class_ids
+        assert torch.equal(sparse.indices()[0], walked)
+        assert torch.equal(sparse.to_dense(), dense)
+        # And it is a gradient that an optimiser takes.
+        with torch.no_grad():
+            w.add_(sparse, alpha=-0.1)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(w.detach(), given.w - 0.1 * dense, rtol=0, atol=4 * eps * float(w.abs().max()))
+
+
+# -- linear_cross_entropy ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["nothing", "linear_bias", "weight", "label_smoothing", "ignore_index", "all of them"])
+def test_linear_cross_entropy_is_torchs(name: str, reduction: str) -> None:
+    given = problem(7, 9, 2 * ONE_CHUNK + 1, bias=True, seed=8)
+    options = {
+        "linear_bias": given.bias.requires_grad_(),
+        "weight": made(len(given.w), seed=9).abs(),
+        "label_smoothing": 0.2,
+        "ignore_index": int(given.y[2]),
+    }
+    options = {key: value for key, value in options.items() if name in (key, "all of them")}
+    leaves = [given.x.requires_grad_(), given.w.requires_grad_(), *([given.bias] if "linear_bias" in options else [])]
+    results = []
+    for function in (tm.linear_cross_entropy, F.linear_cross_entropy, by_hand):
+        loss = function(given.x, given.w, given.y, reduction=reduction, **options)
+        results.append((loss, *torch.autograd.grad((loss * (1.0 + given.upstream[: loss.numel()])).sum(), leaves)))
+    for ours, theirs, usual in zip(*results, strict=True):
+        assert_rows_close(ours, usual, 1e-10, 1e-13)
+        assert_rows_close(ours, theirs, 1e-10, 1e-13)
+
+
+def by_hand(x: Tensor, w: Tensor, y: Tensor, linear_bias: Tensor | None = None, **options: object) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, linear_bias), y, **options)
+
+
+def test_linear_cross_entropy_of_a_single_sample() -> None:
+    given = problem(1, 9, 131)
+    for reduction in ("mean", "sum", "none"):
+        ours = tm.linear_cross_entropy(given.x[0], given.w, given.y[0], reduction=reduction)
+        assert ours.shape == ()
+        torch.testing.assert_close(ours, F.linear_cross_entropy(given.x[0], given.w, given.y[0], reduction=reduction))
+
+
+# -- the backends --------------------------------------------------------------------------------------------------
+
+
+@every_objective
+@every_margin
+def test_the_reference_as_a_backend_is_the_reference(name: str, objective: str) -> None:
+    given, margin = problem(), MARGINS[name]()
+    options = {"objective": objective, "reduction": "none"}
+    ours = run(tm.margin_cross_entropy, given, margin, backend="reference", **options)
+    for key, value in run(tm.reference.margin_cross_entropy, given, margin, **options).items():
+        assert torch.equal(ours[key], value)
