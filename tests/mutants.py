@@ -75,7 +75,6 @@ def worker(number: int, jobs: multiprocessing.Queue, results: multiprocessing.Qu
     import hypothesis  # noqa: F401  loaded once, shared by every fork
     import pytest
     import torch
-
     from cosmic_ray.mutating import use_mutation
     from cosmic_ray.plugins import get_operator
 
