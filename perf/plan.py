@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from perf.problem import Problem
-from tritonmargin.stream import chunk_classes, retained_classes
+from tritonmargin.walk import chunk_classes, retained_classes
 
 
 class Plan(NamedTuple):
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 def plan(p: Problem, memory: int | None = None, chunk_bytes: int = 0, retain_bytes: int = 0) -> Plan:
     """The plan for one step; with `memory`, retain as much as fits it."""
-    chunk = chunk_classes(p.n, p.d, p.classes, p.itemsize, chunk_bytes)
+    chunk = chunk_classes(p.n, p.d, p.classes, chunk_bytes)
     inputs = p.n * p.d * p.itemsize + p.n * 8
     needed = 2 * p.weight_bytes + inputs + ours(p, chunk, 0)
     if memory is not None:

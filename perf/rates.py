@@ -10,14 +10,14 @@ import torch
 
 from perf.clock import seconds
 from perf.problem import Problem
-from tritonmargin.stream import chunk_classes
+from tritonmargin.walk import chunk_classes
 
 LARGE = 1 << 28  # bytes of a buffer that no cache holds
 
 
 def measure(p: Problem, budget_s: float = 0.3, large: int = LARGE) -> dict[str, float]:
     """Units per second of every key of `counts.RATES`."""
-    chunk = chunk_classes(p.n, p.d, p.classes, p.itemsize, 0)
+    chunk = chunk_classes(p.n, p.d, p.classes, 0)
     make: dict[str, Any] = dict(dtype=p.torch_dtype, device=p.device)
     x, rows = torch.randn(p.n, p.d, **make), torch.randn(chunk, p.d, **make)
     tile, source = torch.zeros(chunk, p.n, **make), torch.randn(chunk, p.n, **make)

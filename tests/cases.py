@@ -24,6 +24,18 @@ every_margin = pytest.mark.parametrize("name", MARGINS)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 every_backend = pytest.mark.parametrize("backend", STREAMS)
 
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
+
+# Kinds of loss that take different ways through the stream.
+KINDS = {
+    "bounded": tm.ArcFace(m=0.4, s=16.0),
+    "unit rows past the bound": tm.CosFace(m=0.3, s=200.0),
+    "raw rows, |w_y| asked for": tm.LSoftmax(m=3, lam=1.0),
+    "raw rows": tm.Softmax(),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
 
 @dataclass(frozen=True)
 class Problem:

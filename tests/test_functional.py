@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    FLOATS,
+    KINDS,
     ONE_CHUNK,
     Problem,
     assert_rows_close,
     assert_same,
-    at_angle,
     cost,
     every_backend,
+    every_kind,
     every_margin,
     every_objective,
     made,
@@ -40,14 +42,6 @@ SHAPES = {
     "one class": (5, 9, 1),
     "more samples than anything": (70, 3, 5),
 }
-# Kinds of loss that take different ways through the stream.
-KINDS = {
-    "bounded": tm.ArcFace(m=0.4, s=16.0),
-    "unit rows past the bound": tm.CosFace(m=0.3, s=200.0),
-    "raw rows, |w_y| asked for": tm.LSoftmax(m=3, lam=1.0),
-    "raw rows": tm.Softmax(),
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def tolerance(given: Problem, margin: tm.Margin, objective: str = "softmax") -> tuple[float, float]:
@@ -209,70 +203,6 @@ def test_target_cosine_of_exactly_one(name: str, objective: str, cosine: float, 
         assert (value.double() - expected[key]).abs().max() <= 1e-3 * scale, key
 
 
-def spread(dtype: torch.dtype, s: float, d: int = 24) -> Problem:
-    """Easy and hopeless samples side by side: targets at cosines from 1 to -1 and one rival for every sample."""
-    c = 3 * ONE_CHUNK + 1
-    cosines = torch.tensor([1.0, 0.999, 0.95, 0.9, 0.7, 0.5, 0.3, 0.0, -0.3, -0.7, -0.9, -1.0], dtype=torch.float64)
-    n = len(cosines)
-    w = made(c, d, seed=1)
-    y = torch.arange(n) * 16 + 1
-    # Some samples lean towards another class, which is then nearly as right as can be.
-    aside = torch.where(torch.arange(n)[:, None] % 2 == 0, w[y + 3], made(n, d, seed=2))
-    return Problem(at_angle(cosines, w[y], aside), w, y, made(n, seed=3)).to(dtype)
-
-
-@every_backend
-@pytest.mark.parametrize("s", [64.0, 80.0, 30.0])
-@pytest.mark.parametrize("make", [tm.NormFace, tm.CosFace, tm.ArcFace])
-def test_no_sample_loses_its_gradient_in_float32(make: type[tm.Margin], s: float, backend: str) -> None:
-    """p_y from 1 - 1e-26 to 1e-50 in one batch, each row to its own precision.
-
-    exp(rest) covers 1e-30 to 1e+30, the gradients of the samples 1e-26 to 1. 80 is just on the bounded side of the
-    switch for 193 classes, the most that the product of factors has to bear.
-    """
-    given = spread(torch.float32, s)
-    margin = make(s=s)
-    ours = streamed(given, margin, reduction="none", backend=backend)
-    expected = oracle(given, margin, reduction="none")
-    assert expected["loss"].min() < 1e-6 or make is not tm.NormFace
-    assert expected["loss"].max() > s
-    # A logit is exact to 1e-7 of s, and so are the logs of everything.
-    assert_rows_close(ours["loss"], expected["loss"], 2e-6 * s, what="loss")
-    # At cos = +-1 the tangent is noise (see above): those samples and classes are held by the test before this one.
-    others = torch.ones(len(given.w), dtype=torch.bool)
-    others[given.y[[0, -1]]] = False
-    assert_rows_close(ours["dx"][1:-1], expected["dx"][1:-1], 1e-5 * s, what="dx")
-    assert_rows_close(ours["dw"][others], expected["dw"][others], 1e-5 * s, what="dw")
-
-
-@every_backend
-def test_gradients_of_easy_rows_alone_reach_every_class(backend: str) -> None:
-    """All samples at p_y = 1 - 1e-17: gradients of 1e-17 and below, in float32, none of them lost."""
-    given = spread(torch.float32, 64.0)
-    given = replace(given, x=given.w[given.y] + 0.01 * made(*given.x.shape, seed=5).float())
-    ours = streamed(given, tm.NormFace(), reduction="none", backend=backend)
-    expected = oracle(given, tm.NormFace(), reduction="none")
-    assert expected["loss"].min() < 1e-10
-    assert_same(ours, expected, 2e-4)
-
-
-@every_backend
-@pytest.mark.parametrize("power", [-24, 0, 24, 40])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("easy", [True, False])
-def test_upstream_gradients_of_any_size(easy: bool, smoothing: float, power: int, backend: str) -> None:
-    """A loss scaled for float16, or a weight per sample: the gradient scales along, up to rounding."""
-    w = torch.eye(8)
-    y = torch.zeros(256, dtype=torch.int64)
-    x = w[y] + 0.02 * made(256, 8).float() if easy else made(256, 8).float()
-    given = Problem(x, w, y, torch.ones(256))
-    scaled = replace(given, upstream=given.upstream * 2.0**power)
-    options = {"label_smoothing": smoothing, "reduction": "none", "backend": backend}
-    ours, plain = streamed(scaled, tm.NormFace(), **options), streamed(given, tm.NormFace(), **options)
-    for key in ("dx", "dw"):
-        assert_rows_close(ours[key] * 2.0**-power, plain[key], 1e-4, what=key)
-
-
 def test_plain_softmax_with_a_common_offset_of_ten_thousand() -> None:
     """An offset of all logits changes nothing, and in float32 costs 1e4 eps = 1e-3, as everywhere."""
     given = problem(6, 9, 2 * ONE_CHUNK + 1, seed=4)
@@ -319,52 +249,7 @@ def streamed_loss(*args: object, **options: object) -> Tensor:
     return tm.margin_cross_entropy(*args, chunk_bytes=1, **options)
 
 
-@every_backend
-@pytest.mark.parametrize("p", [0.9, 0.999, 0.99999])
-def test_classifier_gradients_in_bfloat16_near_p_of_one(p: float, backend: str) -> None:
-    """p_y - 1 formed in bfloat16 is off by up to 100 % at p_y = 0.999, where training spends its time."""
-    c, d = 2 * ONE_CHUNK + 1, 192
-    y = torch.tensor([5, 70, 128])
-    own = math.log(p / (1.0 - p) * (c - 1.0))
-    for margin, x in ((tm.Softmax(), own * torch.eye(c, d)[y]), (tm.NormFace(s=64.0), facing(own, y, c, d))):
-        given = Problem(x, torch.eye(c, d), y, torch.ones(3)).to(torch.bfloat16)
-        expected = oracle(given, margin, reduction="none")
-        assert math.exp(-expected["loss"][0]) == pytest.approx(p, rel=0.02)
-        ours = streamed(given, margin, reduction="none", backend=backend)
-        assert ours["dw"].dtype == torch.bfloat16
-        # A logit of a rival is near 0 and so is its error; the stored gradient rounds by 2^-9.
-        assert_rows_close(ours["dw"][y], expected["dw"][y], 2.0**-7, what="rows of the targets")
-        assert_rows_close(ours["loss"], expected["loss"], 2.0**-7, what="loss")
-    rounded = torch.tensor(p).bfloat16() - 1.0
-    assert p < 0.99 or abs(float(rounded) / (p - 1.0) - 1.0) > 0.5  # the failure itself
-
-
-def facing(logit: float, y: Tensor, c: int, d: int) -> Tensor:
-    """Unit rows whose logit at s = 64 is `logit` for their own class and 0 for all others."""
-    cosine = torch.full((len(y),), logit / 64.0)
-    return at_angle(cosine, torch.eye(c, d)[y], torch.eye(d)[torch.full((len(y),), d - 1)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_loss_keeps_its_relative_precision_at_both_ends(dtype: torch.dtype) -> None:
-    """logsumexp - t is 0 below 1e-7; log(p clamped at 1e-30) is stuck at 69.08."""
-    w = torch.eye(4, dtype=dtype)
-    y = torch.zeros(5, dtype=torch.int64)
-    t = torch.tensor([40.0, 20.0, 0.0, -80.0, -1000.0], dtype=dtype)
-    loss = tm.margin_cross_entropy(t[:, None] * w[y], w, y, tm.Softmax(), reduction="none")
-    exact = [math.log1p(3.0 * math.exp(-value)) if value > -700 else math.log(3.0) - value for value in t.tolist()]
-    assert exact[0] == pytest.approx(1.27e-17, rel=1e-2)
-    assert loss.tolist() == pytest.approx(exact, rel=4.0 * 40.0 * torch.finfo(dtype).eps)
-    # The same ends at s = 64, where cosines are all there is.
-    x = at_angle(torch.tensor([1.0, -1.0], dtype=torch.float64), torch.eye(4)[:1].double().expand(2, 4), made(2, 4))
-    losses = tm.margin_cross_entropy(x.to(dtype), w, y[:2], tm.NormFace(), reduction="none")
-    assert losses.tolist() == pytest.approx([3.0 * math.exp(-64.0), 64.0 + math.log(3.0)], rel=1e-5)
-
-
 # -- dtypes and layouts --------------------------------------------------------------------------------------------
-
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (*HALVES, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("of_w", FLOATS, ids=str)

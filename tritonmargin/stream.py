@@ -85,7 +85,7 @@ def stream_op(
         retained = walk.x.new_empty(kept, n)
         # Where a tile outlives a difference (it is kept, or read twice), the difference needs a place of its own.
         twice = want_rest and threshold is not None
-        scratch = walk.tile_buffer if bounded else walk.scratch(separate=kept > 0 or twice)
+        scratch = walk.scratch(separate=twice or (kept > 0 and not bounded))
         mean_row = x.new_zeros(0 if class_weight is None else walk.d)
 
         for start, stop in walk.chunks():
@@ -96,8 +96,8 @@ def stream_op(
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
                 chunk_bias = walk.select(bias, start, stop)
-                place = scratch[: stop - start]
-                walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, run)
+                place, keep = scratch[: stop - start], stop <= kept
+                walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
 
         rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
         hardest_row = target.new_empty(0)
@@ -134,7 +134,7 @@ def _(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n, d = x.shape
     classes = len(weight) if class_ids is None else len(class_ids)
-    chunk = chunk_classes(n, d, classes, dtype.itemsize, chunk_bytes)
+    chunk = chunk_classes(n, d, classes, chunk_bytes)
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(
         rest=x.new_empty(n if want_rest else 0),

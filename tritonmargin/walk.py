@@ -18,9 +18,12 @@ def is_bounded(bound: float, classes: int, dtype: torch.dtype) -> bool:
     return bound + math.log(max(classes, 1)) < math.log(torch.finfo(dtype).max) - 3.7
 
 
-def chunk_classes(n: int, d: int, classes: int, itemsize: int, chunk_bytes: int) -> int:
-    """How many classes to walk at a time: prepared rows, gradient rows and tile fill `chunk_bytes`."""
-    per_class = (n + 2 * d) * itemsize
+def chunk_classes(n: int, d: int, classes: int, chunk_bytes: int) -> int:
+    """How many classes to walk at a time: prepared rows, gradient rows and tile fill `chunk_bytes`.
+
+    Counted in float32, whatever the inputs: low precision has buffers in the precision of sums too.
+    """
+    per_class = (n + 2 * d) * 4
     chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
     return max(1, min(classes, max(64, chunk // 64 * 64)))
 
@@ -58,7 +61,7 @@ class Walk:
         self.weight, self.class_ids, self.unit = weight, class_ids, unit
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
-        self.chunk = chunk_classes(self.n, self.d, self.classes, dtype.itemsize, chunk_bytes)
+        self.chunk = chunk_classes(self.n, self.d, self.classes, chunk_bytes)
         self.x = x.to(dtype)
         self.acc = x.dtype
         self.rows_buffer = self.x.new_empty(self.chunk, self.d)

@@ -72,12 +72,13 @@ def reduce_chunk(
     bounded: bool,
     tile: Tensor,
     scratch: Tensor,
+    keep: bool,
     run: Running,
 ) -> None:
     """Fold one chunk's logits into `run`.
 
-    Leaves in `tile` what `weigh_chunk` can start from, exp(z) on the bounded path and z otherwise with the targets
-    masked, unless `scratch` (a tile in the precision of sums) is the same buffer.
+    With `keep`, leaves in `tile` what `weigh_chunk` can start from: exp(z) on the bounded path and z otherwise, the
+    targets masked. `scratch` is a tile in the precision of sums; where z has to be kept, another buffer than `tile`.
     """
     logits(rows, x, bias, target, start, tile)
     if run.hardest is not None and run.hardest_row is not None:
@@ -91,8 +92,14 @@ def reduce_chunk(
         run.violations += violations
     if run.total is None:
         return
+    if bounded and tile.dtype == scratch.dtype:
+        run.total += tile.exp_().sum(dim=0)
+        return
     if bounded:
-        run.total += tile.exp_().sum(dim=0, dtype=run.total.dtype)
+        # A conversion on its own and in place is several times faster than one inside the sum.
+        run.total += scratch.copy_(tile).exp_().sum(dim=0)
+        if keep:
+            tile.exp_()
         return
     assert run.maximum is not None
     maximum = torch.maximum(run.maximum, tile.amax(dim=0))
