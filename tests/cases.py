@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,6 +18,9 @@ import tritonmargin as tm
 from tritonmargin.kernels import STREAMS
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
+
+# HYPOTHESIS_MORE=20 draws 20 times as many examples, other ones on every run.
+MORE = int(os.environ.get("HYPOTHESIS_MORE", "1"))
 
 ONE_CHUNK = 64  # classes: the least that a chunk holds, and what it holds with chunk_bytes=1
 
@@ -156,8 +160,9 @@ class Cost:
         return sum(allocated >= size for allocated in self.sizes)
 
 
-def cost(call: Callable[[], object]) -> Cost:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as profiler:
+def cost(call: Callable[[], object], shapes: bool = True) -> Cost:
+    """What a call costs; without `shapes` the dtypes of products are not seen, and watching takes half the time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=shapes) as profiler:
         kept = call()
     events = profiler.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]

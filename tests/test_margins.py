@@ -563,3 +563,34 @@ def test_margins_at_the_edge_of_their_range_are_accepted():
 def test_schedules_cannot_change_under_way(schedule):
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.power = 2.0
+
+
+def test_choices_are_checked_when_they_change():
+    margin = ArcFace()
+    with pytest.raises(ValueError, match="beyond_pi must be one of 'cos-mm'"):
+        margin.beyond_pi = "nonsense"
+    with pytest.raises(ValueError, match="gradient must be one of 'exact', 'straight-through', got 'straight_through'"):
+        margin.gradient = "straight_through"
+    margin.beyond_pi = "clip"
+    assert margin.beyond_pi == "clip"
+
+
+@pytest.mark.parametrize("wrong", ["0.5", True, None])
+def test_a_margin_that_is_no_number_is_refused(wrong):
+    for make in (ArcFace, CosFace, SphereFaceR, LSoftmax):
+        with pytest.raises((TypeError, ValueError), match=r"m must be"):
+            make(m=wrong)
+
+
+def test_numpy_numbers_are_numbers():
+    assert ArcFace(m=np.float32(0.25), s=np.float32(32.0)).s == 32.0
+    with pytest.raises(ValueError, match="m must be an integer"):
+        LSoftmax(m=math.inf)
+
+
+def test_a_schedule_with_an_unknown_name_attaches_nothing():
+    margin = ArcFace(m=0.5)
+    with pytest.raises(ValueError, match="no number 'zz'"):
+        margin.with_schedule(m=WarmUp(0.0, 0.5, 10), zz=WarmUp(0.0, 0.5, 10))
+    margin.schedule(0)
+    assert float(margin.m) == 0.5

@@ -154,7 +154,7 @@ def margin_cross_entropy(
             found = out.hinge - out.violations * (t - t.detach())
         else:
             found = out.rest if others == "rest" else hardest
-        class_factor = torch.ones_like(norm) if class_weight is None else class_weight[label].to(norm.dtype)
+        class_factor = torch.ones_like(norm) if class_weight is None else class_weight.detach()[label].to(norm.dtype)
         class_factor = torch.where(valid, class_factor, 0.0)
         loss = OBJECTIVES[objective].loss(t, found) * class_factor
         if mean_weight is not None:

@@ -30,6 +30,6 @@ def write(folder: Path, metrics: dict) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
-        m=metrics, names=NAMES, tried=TRIED.rows, tried_note=TRIED.note, mib=lambda value: f"{value / 2**20:,.0f} MiB"
+        m=metrics, names=NAMES, tried=json.loads(TRIED.read_text()), mib=lambda value: f"{value / 2**20:,.0f} MiB"
     )
     (folder / "index.html").write_text(page)

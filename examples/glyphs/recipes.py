@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import tritonmargin as tm
 
@@ -85,12 +86,4 @@ class Settings:
         return max(0.0, min(1.0, (step + 1) / self.warm_up, left / self.decay))
 
 
-@dataclass(frozen=True)
-class Tried:
-    """What the recipes were chosen from."""
-
-    note: str
-    rows: tuple[tuple[str, str, str, str, str, str, str], ...]  # loss, network, class weights, margin, TARs, rank-1
-
-
-TRIED = Tried(note="", rows=())
+TRIED = Path(__file__).with_name("tried.json")  # what the recipes were chosen from; `tune.py` writes it

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, TargetRows, one_of
+from tritonmargin.margins.base import GRADIENT, Margin, TargetRows
 
 BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
 
@@ -42,7 +43,7 @@ class CombinedMargin(Margin):
     Past alpha = m1 theta + m2 > pi the cosine rises again; `beyond_pi` names what happens there instead. With
     theta0 = (pi - m2)/m1, where alpha reaches pi, and a = pi - theta0 (= m2 for m1 = 1):
 
-        cos-mm       cos theta - a sin a - m3; jumps down at theta0. insightface 2022-01 to 2022-12, TFace,
+        cos-mm       cos theta - a sin a - m3; jumps at theta0. insightface 2022-01 to 2022-12, TFace,
                      CurricularFace, pytorch-metric-learning, speechbrain, mmpretrain.
         continuous   cos theta - (1 + cos theta0) - m3; no jump. wespeaker, 3D-Speaker.
         raw          cos(alpha) - m3: rises, with a slope of the wrong sign. insightface since 2022-12, Paddle.
@@ -62,7 +63,7 @@ class CombinedMargin(Margin):
         ValueError: a number out of its range or an unknown name.
     """
 
-    options = ("beyond_pi", "gradient")
+    options: ClassVar = {"beyond_pi": BEYOND_PI, "gradient": GRADIENT}
     m1: Tensor
     m2: Tensor
     m3: Tensor
@@ -77,8 +78,8 @@ class CombinedMargin(Margin):
         gradient: str = "exact",
     ) -> None:
         super().__init__(s)
-        self.beyond_pi = one_of("beyond_pi", beyond_pi, BEYOND_PI)
-        self.gradient = one_of("gradient", gradient, GRADIENT)
+        self.beyond_pi = beyond_pi
+        self.gradient = gradient
         for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
             self.number(name, value)
 
@@ -111,13 +112,13 @@ class ArcFace(Margin):
         ValueError: a number out of its range or an unknown name.
     """
 
-    options = ("beyond_pi", "gradient")
+    options: ClassVar = {"beyond_pi": BEYOND_PI, "gradient": GRADIENT}
     m: Tensor
 
     def __init__(self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact") -> None:
         super().__init__(s)
-        self.beyond_pi = one_of("beyond_pi", beyond_pi, BEYOND_PI)
-        self.gradient = one_of("gradient", gradient, GRADIENT)
+        self.beyond_pi = beyond_pi
+        self.gradient = gradient
         self.number("m", m)
 
     def check_number(self, name: str, value: float) -> None:

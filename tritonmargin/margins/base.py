@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ class Margin(nn.Module):
     unit_embeddings: bool = True
     unit_weight: bool = True
     gradient: str = "exact"  # or "straight-through": d t / d cos = scale, whatever the formula's slope
-    options: tuple[str, ...] = ()  # named choices, shown by repr
+    options: ClassVar[dict[str, tuple[str, ...]]] = {}  # named choices and what they may be; shown by repr
 
     def __init__(self, s: float = 64.0) -> None:
         super().__init__()
@@ -106,13 +108,17 @@ class Margin(nn.Module):
 
         It is not part of the state dict: a checkpoint loaded into another margin must not change that margin.
         """
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{type(self).__name__}: {name} must be a number, got {value!r}")
         self.check_number(name, float(value))
         self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, int | float) and name in self.__dict__.get("_buffers", {}):
+        if name in self.options:
+            one_of(name, value, self.options[name])
+        if isinstance(value, Real) and name in self.__dict__.get("_buffers", {}):
             self.check_number(name, float(value))
-            self._buffers[name].fill_(value)  # type: ignore[union-attr]
+            self._buffers[name].fill_(float(value))  # type: ignore[union-attr]
         elif name == "s" and not isinstance(value, Tensor):
             super().__setattr__(name, positive("s", value))  # type: ignore[arg-type]
         else:
@@ -136,15 +142,18 @@ class Margin(nn.Module):
 
     def with_schedule(self, **schedules: Callable[[int], float]) -> Margin:
         """Attach functions of the step number, e.g. `m=tm.WarmUp(0.0, 0.5, steps=2000)`; returns the margin."""
-        for name, function in schedules.items():
+        for name in schedules:
             if name not in self._buffers:
                 known = ", ".join(self._buffers) or "none"
                 raise ValueError(f"{type(self).__name__} has no number {name!r} to schedule; it has: {known}")
-            self._schedules[name] = function
+        self._schedules.update(schedules)
         return self
 
     def schedule(self, step: int) -> None:
-        """Set every scheduled number to its value at `step`. A function of the step only, so a resumed run agrees."""
+        """Set every scheduled number to its value at `step`. A function of the step only, so a resumed run agrees.
+
+        Call it between steps: a number that changes between forward and backward makes autograd raise.
+        """
         for name, function in self._schedules.items():
             setattr(self, name, float(function(step)))
 
@@ -157,13 +166,12 @@ class Margin(nn.Module):
 
 def positive(name: str, value: object) -> float:
     """`value` as a float, or ValueError unless it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
     return float(value)
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    """`value`, or ValueError with the list of known names."""
+def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """ValueError with the list of known names unless `value` is one of them."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, one_of
+from tritonmargin.margins.base import GRADIENT, Margin
 
 
 class LSoftmax(Margin):
@@ -30,11 +32,12 @@ class LSoftmax(Margin):
 
     unit_embeddings = False
     unit_weight = False
+    m: int
     lam: Tensor
 
     def __init__(self, m: int = 4, lam: float = 0.0) -> None:
         super().__init__()
-        if isinstance(m, bool) or int(m) != m or m < 1:
+        if isinstance(m, bool) or not isinstance(m, Real) or not math.isfinite(m) or int(m) != m or m < 1:
             raise ValueError(f"{type(self).__name__}: m must be an integer >= 1, got {m!r}")
         self.m = int(m)
         self.number("lam", lam)
@@ -86,12 +89,12 @@ class SphereFaceR(Margin):
         ValueError: m < 1 or an unknown name.
     """
 
-    options = ("gradient",)
+    options: ClassVar = {"gradient": GRADIENT}
     m: Tensor
 
     def __init__(self, m: float = 1.7, s: float = 64.0, gradient: str = "exact") -> None:
         super().__init__(s)
-        self.gradient = one_of("gradient", gradient, GRADIENT)
+        self.gradient = gradient
         self.number("m", m)
 
     def check_number(self, name: str, value: float) -> None:
