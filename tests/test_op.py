@@ -23,6 +23,7 @@ from torch.library import opcheck
 
 import tritonmargin as tm
 from tritonmargin.margins import MARGINS
+from tritonmargin.stream import Streamed
 
 CLASSES = ONE_CHUNK + 3
 
@@ -201,14 +202,16 @@ def test_opcheck_of_its_backward(name: str) -> None:
     """The backward op by itself, with every upstream gradient that goes with the outputs."""
     x, w, row, options = op_inputs(name)
     out = OPS.stream.default(x, w, row, **options)
-    rest, norm, hinge, hardest_row, mean_row, retained = out[0], out[2], out[4], out[7], out[8], out[9]
+    out = Streamed(*out)
+    rest, hinge, hardest_row, mean_row = out.rest, out.hinge, out.hardest_row, out.mean_row
     kind = "hinge" if len(hinge) else "exp" if options["bounded"] else "softmax"
     g = torch.linspace(-1.0, 1.0, 5)
     arguments = (
         x, w, row, options["class_ids"], options["bias"], options["class_weight"],
-        options["threshold"] if kind == "hinge" else rest if len(rest) else None, hardest_row, mean_row, retained,
-        None if name == "max" else g, g, g / norm, g if len(mean_row) else None, g if len(hardest_row) else None,
-        kind, options["unit"], options["sparse"],
+        {"hinge": options["threshold"], "exp": out.total, "softmax": rest if len(rest) else None}[kind],
+        hardest_row, mean_row, out.retained,
+        None if name == "max" else g, g, g / out.target_norm, g if len(mean_row) else None,
+        g if len(hardest_row) else None, kind, options["unit"], options["sparse"],
     )  # fmt: skip
     last = (options["dtype"], options["chunk_bytes"], options["backend"])
     wanted = [(True, True, options["bias"] is not None), (True, False, False), (False, True, False)]

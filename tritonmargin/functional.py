@@ -103,12 +103,12 @@ def margin_cross_entropy(
     if compute != torch.float64 and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        row = checks.positions(target, class_ids, len(weight), ignore_index)
+        row = checks.positions(target, class_ids, weight.shape[0], ignore_index)
         valid = row >= 0
         label = torch.where(valid, target, 0).long()
         x, norm = scaled_rows(torch.where(valid[:, None], embeddings, 0.0).to(accumulate(compute)), margin)
         own_bias = None if bias is None else bias.index_select(0, label).to(x.dtype)
-        walked = len(weight) if class_ids is None else len(class_ids)
+        walked = weight.shape[0] if class_ids is None else class_ids.shape[0]
 
         others = OBJECTIVES[objective].others
         want_rest = others == "rest" or return_stats
@@ -120,7 +120,7 @@ def margin_cross_entropy(
                 threshold, _ = target_logit(margin, product, weight_norm, norm, label, own_bias)
         mean_weight = None
         if label_smoothing:
-            ones = torch.ones(len(weight), dtype=x.dtype, device=x.device)
+            ones = torch.ones(weight.shape[0], dtype=x.dtype, device=x.device)
             mean_weight = (ones if class_weight is None else class_weight.detach().to(x.dtype)) / max(walked, 1)
         needs_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)

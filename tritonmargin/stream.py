@@ -18,7 +18,7 @@ Forward walks the chunks once, backward once more (with retained tiles: not even
 **The exponential.** With f_i = dL/drest_i exp(-rest_i), P_ij = f_i exp(z_ij), and f commutes out of both products:
 dX_i = f_i (sum_j exp(z_ij) w'_j), A_j = sum_i exp(z_ij) (f_i x_i). So where a bound on |z| keeps exp(z) and its sum
 inside the range of the dtype (`walk.is_bounded`), the tile is exp(z) and nothing else: no running max, no subtraction.
-At s = 64 f itself leaves float32's range, so A carries a common power e^K on its sample side, undone per class row.
+At s = 64 f itself leaves float32's range, so A carries a common power 2^K on its sample side, undone per class row.
 Everywhere else the max runs along and P = exp(z - rest) <= 1.
 
 `row` numbers are positions in the walk: class numbers, or indices into `class_ids`. A target of -1 is no class.
@@ -26,6 +26,7 @@ Everywhere else the max runs along and P = exp(z - rest) <= 1.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Streamed(NamedTuple):
     violations: Tensor  # [N]  not differentiable
     hardest_product: Tensor  # [N]  -inf where there is no other class
     hardest_row: Tensor  # [N]  int64, -1 where there is no other class
+    total: Tensor  # [N]  exp(rest), on the bounded path; saved for backward
     mean_row: Tensor  # [D]  sum_j c_j w'_j; saved for backward
     retained: Tensor  # [R, N]  tiles of the first R classes; saved for backward
 
@@ -68,9 +70,9 @@ def stream_op(
     chunk_bytes: int,
     retain_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        walk = Walk(x, weight, class_ids, unit, dtype, chunk_bytes, backend)
+        walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend)
         n = walk.n
         run = Running(threshold=threshold)
         if want_rest:
@@ -92,12 +94,12 @@ def stream_op(
             prepared = walk.rows(start, stop)
             weights = walk.select(class_weight, start, stop)
             if weights is not None:
-                mean_row += weights @ prepared.exact.to(walk.acc)
+                mean_row += walk.ops.weighted_sum(prepared, weights)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
                 chunk_bias = walk.select(bias, start, stop)
                 place, keep = scratch[: stop - start], stop <= kept
-                walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
+                walk.ops.reduce_chunk(prepared, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
 
         rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
         hardest_row = target.new_empty(0)
@@ -122,6 +124,7 @@ def stream_op(
             violations=violations,
             hardest_product=hardest_product,
             hardest_row=hardest_row,
+            total=run.total if bounded and run.total is not None else x.new_empty(0),
             mean_row=mean_row,
             retained=retained,
         )
@@ -133,7 +136,7 @@ def _(  # type: ignore[no-untyped-def]
     sparse, dtype, chunk_bytes, retain_bytes, backend,
 ):  # fmt: skip
     n, d = x.shape
-    classes = len(weight) if class_ids is None else len(class_ids)
+    classes = weight.shape[0] if class_ids is None else class_ids.shape[0]
     chunk = chunk_classes(n, d, classes, chunk_bytes)
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(
@@ -145,6 +148,7 @@ def _(  # type: ignore[no-untyped-def]
         violations=x.new_empty(0 if threshold is None else n),
         hardest_product=x.new_empty(n if want_hardest else 0),
         hardest_row=target.new_empty(n if want_hardest else 0),
+        total=x.new_empty(n if bounded and want_rest else 0),
         mean_row=x.new_empty(0 if class_weight is None else d),
         retained=x.new_empty(kept, n, dtype=dtype),
     )
@@ -178,13 +182,13 @@ def stream_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        walk = Walk(x, weight, class_ids, unit, dtype, chunk_bytes, backend)
+        walk = Walk(x, weight, class_ids, unit, kind == "exp", dtype, chunk_bytes, backend)
         make = torch.zeros if class_ids is not None and not sparse else torch.empty
         shape = walk.gradient_shape(sparse)
         grad_x = x.new_zeros((walk.n, walk.d) if need_x else 0)
         grad_weight = make(shape if need_weight else 0, dtype=weight.dtype, device=weight.device)
-        grad_bias = x.new_zeros(len(weight) if need_bias else 0)
-        kept = len(retained)
+        grad_bias = x.new_zeros(weight.shape[0] if need_bias else 0)
+        kept = retained.shape[0]
 
         shares = []
         if need_weight and g_target is not None:
@@ -204,7 +208,7 @@ def stream_backward_op(
         if not walk.n:
             g_walk = None
         if g_walk is not None and shift is not None:
-            shift = finite(shift) if kind != "hinge" else shift
+            shift = finite(shift) if kind == "softmax" else shift
             beside = [share.along for share in shares] + ([] if mean_share is None else [mean_share])
             outer, inner, factor = split_factor(g_walk, shift, beside) if kind == "exp" else (None, g_walk, None)
             left = (x * inner[:, None]).to(dtype)
@@ -213,7 +217,7 @@ def stream_backward_op(
         direct = grad_weight.dtype == walk.acc == dtype and (class_ids is None or sparse)
         buffer = x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
         product = walk.x.new_empty(walk.chunk if need_weight and dtype != walk.acc else 0, walk.d)
-        scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
+        scratch = walk.tile_buffer if kind == "exp" and not walk.on_tile else walk.scratch(separate=False)
 
         for start, stop in walk.chunks():
             prepared = walk.rows(start, stop)
@@ -225,7 +229,7 @@ def stream_backward_op(
                 chunk_bias = walk.select(bias, start, stop)
                 tile, place = walk.tile_buffer[:size], scratch[:size]
                 share, exact = walk.ops.weigh_chunk(
-                    rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
+                    prepared, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
                 )
                 if need_x:
                     add_product(grad_x, share.t(), rows)
@@ -270,11 +274,11 @@ def _(  # type: ignore[no-untyped-def]
     x, weight, target, class_ids, bias, class_weight, shift, hardest_row, mean_row, retained, g_walk, g_target,
     g_norm, g_mean, g_hardest, kind, unit, sparse, need_x, need_weight, need_bias, dtype, chunk_bytes, backend,
 ):  # fmt: skip
-    rows = len(class_ids) if class_ids is not None and sparse else len(weight)
+    rows = class_ids.shape[0] if class_ids is not None and sparse else weight.shape[0]
     return (
         x.new_empty((x.shape[0], x.shape[1]) if need_x else 0),
         weight.new_empty((rows, weight.shape[1]) if need_weight else 0),
-        x.new_empty(len(weight) if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype),
+        x.new_empty(weight.shape[0] if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype),
     )
 
 
@@ -283,12 +287,12 @@ def setup_stream(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     (ctx.unit, bounded, want_rest, _, ctx.sparse, ctx.dtype, ctx.chunk_bytes, _, ctx.backend) = inputs[7:]
     out = Streamed(*output)
     ctx.kind = "hinge" if threshold is not None else "exp" if bounded else "softmax"
-    shift = threshold if threshold is not None else out.rest if want_rest else None
+    shift = threshold if threshold is not None else (out.total if bounded else out.rest) if want_rest else None
     ctx.save_for_backward(
         x, weight, target, class_ids, bias, class_weight, shift, out.hardest_row, out.mean_row, out.retained
     )
     ctx.set_materialize_grads(False)
-    constants = [out.violations, out.hardest_row, out.mean_row, out.retained]
+    constants = [out.violations, out.hardest_row, out.total, out.mean_row, out.retained]
     ctx.mark_non_differentiable(*constants, *([out.rest] if ctx.kind == "hinge" else []))
 
 
@@ -299,13 +303,13 @@ def differentiate_stream(ctx, g_rest, g_target, g_norm, g_mean, g_hinge, _, g_ha
     # Outputs that nobody asked for are empty, and so would be their gradients.
     g_walk = g_hinge if ctx.kind == "hinge" else g_rest if shift is not None else None
     g_mean = g_mean if class_weight is not None else None
-    g_hardest = g_hardest if len(hardest_row) == len(saved[0]) else None
+    g_hardest = g_hardest if hardest_row.shape[0] == saved[0].shape[0] else None
     grad_x, grad_weight, grad_bias = stream_backward_op(
         *saved, g_walk, g_target, g_norm, g_mean, g_hardest, ctx.kind, ctx.unit, ctx.sparse,
         need_x, need_weight, need_bias, ctx.dtype, ctx.chunk_bytes, ctx.backend,
     )  # fmt: skip
     if need_weight and ctx.sparse:
-        ids = torch.arange(len(weight), device=weight.device) if class_ids is None else class_ids
+        ids = torch.arange(weight.shape[0], device=weight.device) if class_ids is None else class_ids
         grad_weight = torch.sparse_coo_tensor(
             ids[None], grad_weight, weight.shape, is_coalesced=True, check_invariants=False
         )
@@ -329,21 +333,24 @@ def stream(x: Tensor, weight: Tensor, target: Tensor, **options: object) -> Stre
     return Streamed(*stream_op(x, weight, target, **options))
 
 
-def split_factor(g: Tensor, rest: Tensor, beside: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """f = g exp(-rest) so that neither product leaves the range of float32, rows of any ease side by side.
+def split_factor(g: Tensor, total: Tensor, beside: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """f = g exp(-rest) = g / total so that neither product leaves the dtype's range, rows of any ease side by side.
 
-    dX_i = g_i (exp(-rest_i) (sum_j exp(z_ij) w'_j)) stays in range from inside out. A = sum_i exp(z_ij) f_i x_i mixes
-    the samples: A carries e^K, the largest power for which max |f| and max |g| stay below e^50 and what is added
-    `beside` the sum below e^70 (and e^-K, applied per class row, stays a normal number).
+    dX_i = g_i (1/total_i (sum_j exp(z_ij) w'_j)) stays in range from inside out. A = sum_i exp(z_ij) f_i x_i mixes the
+    samples: A carries 2^K, exact, the largest power that leaves room above max |f|, above max |g| times the number of
+    samples, and above what is added `beside` the sum, and whose inverse is a normal number.
 
-    Returns exp(-rest) [N], e^K f [N], e^-K [].
+    Returns 1/total [N], 2^K f [N], 2^-K [].
     """
-    size = g.abs().log()
-    power = 50.0 - torch.maximum(size - rest, size).amax()
+    # A sample with no other class has total 0, and no gradient.
+    inverse = total.masked_fill(total == 0, torch.inf).reciprocal()
+    room, size = math.log2(torch.finfo(g.dtype).max), g.abs()
+    power = torch.minimum(room - 30.0 - size.amax().log2(), room - 10.0 - (size.log2() + inverse.log2()).amax())
     for share in beside:
-        power = torch.minimum(power, 70.0 - share.abs().amax().log())
-    power = power.clamp(max=70.0).nan_to_num(nan=0.0, neginf=0.0)
-    return torch.exp(-rest), g.sign() * torch.exp(size - rest + power), torch.exp(-power)
+        power = torch.minimum(power, room - 27.0 - share.abs().amax().log2())
+    power = power.floor().clamp(max=room - 27.0).nan_to_num(nan=0.0, neginf=0.0)
+    scale = torch.ldexp(torch.ones_like(power), power.int())
+    return inverse, (g * scale) * inverse, scale.reciprocal()
 
 
 def finite(shift: Tensor) -> Tensor:

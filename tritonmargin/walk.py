@@ -15,7 +15,9 @@ from tritonmargin.kernels.torch_ops import Rows, inverse_norm
 
 def is_bounded(bound: float, classes: int, dtype: torch.dtype) -> bool:
     """Whether exp(z) with |z| <= bound, and the sum of `classes` of them, stay inside the range of `dtype`."""
-    return bound + math.log(max(classes, 1)) < math.log(torch.finfo(dtype).max) - 3.7
+    room = math.log(torch.finfo(dtype).max) - 3.7 - bound
+    # Not log(classes): torch.compile would compile again for every number of classes.
+    return classes < math.exp(room)
 
 
 def chunk_classes(n: int, d: int, classes: int, chunk_bytes: int) -> int:
@@ -53,6 +55,7 @@ class Walk:
         weight: Tensor,
         class_ids: Tensor | None,
         unit: bool,
+        bounded: bool,
         dtype: torch.dtype,
         chunk_bytes: int,
         backend: str,
@@ -68,6 +71,8 @@ class Walk:
         exact = dtype == self.acc or not unit
         self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
         self.tile_buffer = self.x.new_empty(self.chunk, self.n)
+        low = dtype == weight.dtype and dtype != self.acc
+        self.on_tile = unit and bounded and low and self.n <= self.d
 
     def scratch(self, separate: bool) -> Tensor:
         """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
@@ -80,7 +85,7 @@ class Walk:
 
     def rows(self, start: int, stop: int) -> Rows:
         return self.ops.prepare_rows(
-            self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer
+            self.weight, self.class_ids, start, stop, self.unit, self.on_tile, self.rows_buffer, self.wide_buffer
         )
 
     def gradient_shape(self, sparse: bool) -> tuple[int, int]:
