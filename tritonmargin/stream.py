@@ -94,12 +94,12 @@ def stream_op(
             prepared = walk.rows(start, stop)
             weights = walk.select(class_weight, start, stop)
             if weights is not None:
-                mean_row += walk.ops.weighted_sum(prepared, weights)
+                mean_row += weights @ prepared.exact.to(walk.acc)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
                 chunk_bias = walk.select(bias, start, stop)
                 place, keep = scratch[: stop - start], stop <= kept
-                walk.ops.reduce_chunk(prepared, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
+                walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
 
         rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
         hardest_row = target.new_empty(0)
@@ -217,7 +217,7 @@ def stream_backward_op(
         direct = grad_weight.dtype == walk.acc == dtype and (class_ids is None or sparse)
         buffer = x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
         product = walk.x.new_empty(walk.chunk if need_weight and dtype != walk.acc else 0, walk.d)
-        scratch = walk.tile_buffer if kind == "exp" and not walk.on_tile else walk.scratch(separate=False)
+        scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
 
         for start, stop in walk.chunks():
             prepared = walk.rows(start, stop)
@@ -229,7 +229,7 @@ def stream_backward_op(
                 chunk_bias = walk.select(bias, start, stop)
                 tile, place = walk.tile_buffer[:size], scratch[:size]
                 share, exact = walk.ops.weigh_chunk(
-                    prepared, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
+                    rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
                 )
                 if need_x:
                     add_product(grad_x, share.t(), rows)

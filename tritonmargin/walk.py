@@ -65,14 +65,12 @@ class Walk:
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
         self.chunk = chunk_classes(self.n, self.d, self.classes, chunk_bytes)
-        self.x = x.to(dtype)
+        self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
         self.acc = x.dtype
         self.rows_buffer = self.x.new_empty(self.chunk, self.d)
         exact = dtype == self.acc or not unit
         self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
         self.tile_buffer = self.x.new_empty(self.chunk, self.n)
-        low = dtype == weight.dtype and dtype != self.acc
-        self.on_tile = unit and bounded and low and self.n <= self.d
 
     def scratch(self, separate: bool) -> Tensor:
         """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
@@ -85,7 +83,7 @@ class Walk:
 
     def rows(self, start: int, stop: int) -> Rows:
         return self.ops.prepare_rows(
-            self.weight, self.class_ids, start, stop, self.unit, self.on_tile, self.rows_buffer, self.wide_buffer
+            self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer
         )
 
     def gradient_shape(self, sparse: bool) -> tuple[int, int]:
