@@ -28,6 +28,9 @@ def tries(steps: int) -> list[tuple[str, Recipe]]:
         Recipe("adamw", 4e-3, 1e-2, s=32.0, m=0.2, margin_steps=warm),
         Recipe("adamw", 2e-3, 1e-2, s=24.0, m=0.3, margin_steps=warm),
         Recipe("sgd", 0.1, 1.0, s=32.0, m=0.3, margin_steps=warm),
+        Recipe("adamw", 2e-3, 1e-2, s=16.0, m=0.3, margin_steps=warm),
+        Recipe("adamw", 4e-3, 2e-2, s=24.0, m=0.3, margin_steps=warm),
+        Recipe("adamw", 4e-3, 2e-2, s=16.0, m=0.2, margin_steps=warm),
     ]
     plain = [
         Recipe("sgd", 0.1, 1.0),
@@ -35,6 +38,9 @@ def tries(steps: int) -> list[tuple[str, Recipe]]:
         Recipe("sgd", 0.1, 3.0),
         Recipe("adamw", 2e-3, 1e-2),
         Recipe("adamw", 4e-3, 2e-2),
+        Recipe("sgd", 0.1, 0.5),
+        Recipe("sgd", 0.2, 2.0),
+        Recipe("sgd", 0.4, 1.0),
     ]
     return [("arcface", recipe) for recipe in margin] + [("softmax", recipe) for recipe in plain]
 
