@@ -179,7 +179,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`torch.nn.functional.linear_cross_entropy` with class numbers as target, streamed.
@@ -192,7 +192,7 @@ def linear_cross_entropy(
         target: [N] integer class numbers, or a scalar for a single sample. Class probabilities are not supported.
         linear_bias: [C].
         weight: [C] class weights.
-        reduction, ignore_index, label_smoothing: as `torch.nn.functional.cross_entropy`.
+        reduction, ignore_index, label_smoothing: as `torch.nn.functional.cross_entropy`; ignore_index None is -100.
 
     Raises:
         ValueError, TypeError: as `margin_cross_entropy`.
@@ -205,7 +205,7 @@ def linear_cross_entropy(
         Softmax(),
         bias=linear_bias,
         class_weight=weight,
-        ignore_index=ignore_index,
+        ignore_index=-100 if ignore_index is None else ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
     )

@@ -31,9 +31,9 @@ class Recipe:
 
 
 RECIPES = {
-    "arcface": Recipe(optimizer="adamw", lr=2e-3, head_lr=1e-2, s=32.0, m=0.3, margin_steps=400),
-    "cosface": Recipe(optimizer="adamw", lr=2e-3, head_lr=1e-2, s=32.0, m=0.2, margin_steps=400),
-    "softmax": Recipe(optimizer="sgd", lr=0.1, head_lr=1.0),
+    "arcface": Recipe(optimizer="adamw", lr=4e-3, head_lr=2e-2, s=16.0, m=0.2, margin_steps=400),
+    "cosface": Recipe(optimizer="adamw", lr=4e-3, head_lr=2e-2, s=16.0, m=0.15, margin_steps=400),  # not tuned
+    "softmax": Recipe(optimizer="sgd", lr=0.2, head_lr=1.0),
 }
 
 

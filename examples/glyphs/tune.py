@@ -31,6 +31,9 @@ def tries(steps: int) -> list[tuple[str, Recipe]]:
         Recipe("adamw", 2e-3, 1e-2, s=16.0, m=0.3, margin_steps=warm),
         Recipe("adamw", 4e-3, 2e-2, s=24.0, m=0.3, margin_steps=warm),
         Recipe("adamw", 4e-3, 2e-2, s=16.0, m=0.2, margin_steps=warm),
+        Recipe("sgd", 0.2, 0.1, s=16.0, m=0.2, margin_steps=warm),
+        Recipe("sgd", 0.2, 0.03, s=16.0, m=0.2, margin_steps=warm),
+        Recipe("sgd", 0.2, 0.1, s=24.0, m=0.2, margin_steps=warm),
     ]
     plain = [
         Recipe("sgd", 0.1, 1.0),
@@ -41,6 +44,9 @@ def tries(steps: int) -> list[tuple[str, Recipe]]:
         Recipe("sgd", 0.1, 0.5),
         Recipe("sgd", 0.2, 2.0),
         Recipe("sgd", 0.4, 1.0),
+        Recipe("sgd", 0.4, 0.5),
+        Recipe("sgd", 0.05, 1.0),
+        Recipe("adamw", 1e-3, 3e-2),
     ]
     return [("arcface", recipe) for recipe in margin] + [("softmax", recipe) for recipe in plain]
 
