@@ -23,7 +23,7 @@ lint: $(VENV)/dev.done
 perf: $(VENV)/perf.done
 	$(BIN)/python -m perf run --quick $(ARGS)
 
-mutants: $(VENV)/test.done $(VENV)/dev.done
+mutants: $(VENV)/test.done $(VENV)/mutants.done
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 clean:
@@ -38,6 +38,7 @@ $(VENV)/test.done: EXTRAS := test,perf,demo
 $(VENV)/demo.done: EXTRAS := demo
 $(VENV)/perf.done: EXTRAS := perf
 $(VENV)/dev.done: EXTRAS := dev
+$(VENV)/mutants.done: EXTRAS := mutants
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'

@@ -367,6 +367,14 @@ def test_linear_cross_entropy_of_a_single_sample() -> None:
         torch.testing.assert_close(ours, F.linear_cross_entropy(given.x[0], given.w, given.y[0], reduction=reduction))
 
 
+def test_linear_cross_entropy_without_an_ignore_index() -> None:
+    given = problem()
+    ours = tm.linear_cross_entropy(given.x, given.w, given.y, ignore_index=None)
+    assert torch.equal(ours, tm.linear_cross_entropy(given.x, given.w, given.y))
+    expected = tm.reference.linear_cross_entropy(given.x, given.w, given.y, ignore_index=None)
+    torch.testing.assert_close(ours, expected)
+
+
 # -- the backends --------------------------------------------------------------------------------------------------
 
 

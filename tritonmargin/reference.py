@@ -105,7 +105,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`tm.linear_cross_entropy` from full logits: input [N, D] with target [N], or [D] with a scalar target."""
@@ -116,7 +116,7 @@ def linear_cross_entropy(
         Softmax(),
         bias=linear_bias,
         class_weight=weight,
-        ignore_index=ignore_index,
+        ignore_index=-100 if ignore_index is None else ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
     )
