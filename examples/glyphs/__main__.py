@@ -10,7 +10,7 @@ from pathlib import Path
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m examples.glyphs", description=__doc__)
     parser.add_argument("--loss", nargs="+", default=["arcface", "softmax"], choices=["arcface", "cosface", "softmax"])
-    parser.add_argument("--minutes", type=float, default=2.5, help="training time of each loss (default 2.5)")
+    parser.add_argument("--minutes", type=float, default=2.2, help="training time of each loss (default 2.2)")
     parser.add_argument("--steps", type=int, help="train for so many steps instead")
     parser.add_argument("--classes", type=int, default=20_000, help="characters to train on (default 20,000)")
     parser.add_argument("--unseen", type=int, default=6_000, help="characters to evaluate on (default 6,000)")
