@@ -91,17 +91,18 @@ def margin_cross_entropy(
         embeddings, weight, target, margin, bias, class_ids, class_weight, ignore_index, label_smoothing, reduction,
         objective, sub_centers, retain_bytes, chunk_bytes,
     )  # fmt: skip
-    if current_backend() == "reference":
+    compute = torch.promote_types(embeddings.dtype, weight.dtype)
+    device = embeddings.device.type
+    if compute != torch.float64 and torch.is_autocast_enabled(device):
+        compute = torch.get_autocast_dtype(device)
+    backend = current_backend(embeddings.device, compute)
+    if backend == "reference":
         return reference.margin_cross_entropy(
             embeddings, weight, target, margin, bias=bias, class_ids=class_ids, class_weight=class_weight,
             ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, objective=objective,
             sparse_grad=sparse_grad, return_stats=return_stats,
         )  # fmt: skip
 
-    device = embeddings.device.type
-    compute = torch.promote_types(embeddings.dtype, weight.dtype)
-    if compute != torch.float64 and torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         row = checks.positions(target, class_ids, weight.shape[0], ignore_index)
         valid = row >= 0
@@ -144,7 +145,7 @@ def margin_cross_entropy(
             dtype=torch.float32 if compute == torch.float16 else compute,
             chunk_bytes=chunk_bytes or 0,
             retain_bytes=retain_bytes if needs_grad and others != "hardest" else 0,
-            backend=current_backend(),
+            backend=backend,
         )
         t, plain = target_logit(margin, out.target_product, out.target_norm, norm, label, own_bias)
         hardest = hardest_logit(out, bias, class_ids)

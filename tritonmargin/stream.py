@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonmargin.kernels import load_backend
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
 from tritonmargin.walk import Walk, chunk_classes, retained_classes
 
@@ -72,19 +73,18 @@ def stream_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend)
-        n = walk.n
+        walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend, exact=class_weight is not None)
         run = Running(threshold=threshold)
         if want_rest:
-            run.total = x.new_zeros(n)
-            run.maximum = None if bounded else x.new_full((n,), -torch.inf)
+            run.total = walk.per_slot(0.0, x.dtype)
+            run.maximum = None if bounded else walk.per_slot(-torch.inf, x.dtype)
         if want_hardest:
-            run.hardest = x.new_full((n,), -torch.inf)
-            run.hardest_row = torch.full_like(target, -1)
+            run.hardest = walk.per_slot(-torch.inf, x.dtype)
+            run.hardest_row = walk.per_slot(-1, torch.int64)
         if threshold is not None:
-            run.hinge, run.violations = x.new_zeros(n), x.new_zeros(n)
-        kept = retained_classes(n, walk.classes, walk.chunk, dtype.itemsize, retain_bytes)
-        retained = walk.x.new_empty(kept, n)
+            run.hinge, run.violations = walk.per_slot(0.0, x.dtype), walk.per_slot(0.0, x.dtype)
+        kept = retained_classes(walk.n, walk.classes, walk.chunk, dtype.itemsize, retain_bytes)
+        retained = walk.ops.new_tile(walk.x, kept, dtype)
         # Where a tile outlives a difference (it is kept, or read twice), the difference needs a place of its own.
         twice = want_rest and threshold is not None
         scratch = walk.scratch(separate=twice or (kept > 0 and not bounded))
@@ -93,7 +93,7 @@ def stream_op(
         for start, stop in walk.chunks():
             prepared = walk.rows(start, stop)
             weights = walk.select(class_weight, start, stop)
-            if weights is not None:
+            if weights is not None and prepared.exact is not None:
                 mean_row += weights @ prepared.exact.to(walk.acc)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
@@ -103,15 +103,17 @@ def stream_op(
 
         rest, hinge, violations, hardest_product, mean_product = (x.new_empty(0) for _ in range(5))
         hardest_row = target.new_empty(0)
+        total = x.new_empty(0)
         if run.total is not None:
-            rest = run.total.log()
-            rest = rest if run.maximum is None else rest + finite(run.maximum)
+            total, maximum = add_slots(run.total, run.maximum)
+            rest = total.log()
+            rest = rest if maximum is None else rest + maximum
         if run.hinge is not None and run.violations is not None:
-            hinge, violations = run.hinge, run.violations
+            hinge, violations = run.hinge.sum(dim=0), run.violations.sum(dim=0)
         if run.hardest is not None and run.hardest_row is not None:
-            hardest_row = run.hardest_row
+            hardest, hardest_row = hardest_slot(run.hardest, run.hardest_row)
             product = (x * walk.gather(hardest_row)[0]).sum(dim=1)
-            hardest_product = torch.where(hardest_row >= 0, product, run.hardest)
+            hardest_product = torch.where(hardest_row >= 0, product, hardest)
         if class_weight is not None:
             mean_product = x @ mean_row
         target_rows, target_norm = walk.gather(target)
@@ -124,7 +126,7 @@ def stream_op(
             violations=violations,
             hardest_product=hardest_product,
             hardest_row=hardest_row,
-            total=run.total if bounded and run.total is not None else x.new_empty(0),
+            total=total if bounded else x.new_empty(0),
             mean_row=mean_row,
             retained=retained,
         )
@@ -150,7 +152,7 @@ def _(  # type: ignore[no-untyped-def]
         hardest_row=target.new_empty(n if want_hardest else 0),
         total=x.new_empty(n if bounded and want_rest else 0),
         mean_row=x.new_empty(0 if class_weight is None else d),
-        retained=x.new_empty(kept, n, dtype=dtype),
+        retained=load_backend(backend).new_tile(x, kept, dtype),
     )
 
 
@@ -213,47 +215,43 @@ def stream_backward_op(
             outer, inner, factor = split_factor(g_walk, shift, beside) if kind == "exp" else (None, g_walk, None)
             left = (x * inner[:, None]).to(dtype)
 
-        # One buffer for A unless it can be written straight into the gradient's rows.
-        direct = grad_weight.dtype == walk.acc == dtype and (class_ids is None or sparse)
-        buffer = x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
-        product = walk.x.new_empty(walk.chunk if need_weight and dtype != walk.acc else 0, walk.d)
+        # A has a buffer, and one more in the precision of sums, unless it can be made in the gradient's rows.
+        rows_of_walk = class_ids is None or sparse
+        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk
+        product = walk.x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
+        wide = product if walk.ops.FUSED or dtype == walk.acc else product.to(walk.acc)
         scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
 
         for start, stop in walk.chunks():
             prepared = walk.rows(start, stop)
             rows = prepared.rows
             size = stop - start
-            share = exact = None
+            share = None
             if g_walk is not None and shift is not None:
                 ready = retained[start:stop] if stop <= kept else None
                 chunk_bias = walk.select(bias, start, stop)
                 tile, place = walk.tile_buffer[:size], scratch[:size]
-                share, exact = walk.ops.weigh_chunk(
-                    rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready
-                )
+                share, by_class = walk.ops.weigh_chunk(
+                    rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready,
+                    g_walk if need_bias else None,
+                )  # fmt: skip
                 if need_x:
                     add_product(grad_x, share.t(), rows)
-                if need_bias:
-                    ids = slice(start, stop) if class_ids is None else class_ids[start:stop]
-                    grad_bias[ids] = exact @ g_walk
+                if by_class is not None:
+                    grad_bias[slice(start, stop) if class_ids is None else class_ids[start:stop]] = by_class
             if not need_weight:
                 continue
-            gradient = grad_weight[start:stop] if direct else buffer[:size]
-            if share is None:
-                gradient.zero_()
-            elif dtype == walk.acc:
+            out = grad_weight[start:stop] if rows_of_walk else grad_weight
+            gradient, gradient_wide = (out, out) if direct else (product[:size], wide[:size])
+            if share is not None:
                 torch.mm(share, left, out=gradient)
-            else:
-                gradient.copy_(torch.mm(share, left, out=product[:size]))
             weights = walk.select(class_weight, start, stop)
             mean = None if weights is None or mean_share is None else (weights, mean_share)
-            walk.ops.finish_rows(gradient, prepared, start, shares, norm_shares, mean, factor)
-            if direct:
-                continue
-            if class_ids is None or sparse:
-                grad_weight[start:stop] = gradient
-            else:
-                grad_weight.index_copy_(0, class_ids[start:stop], gradient.to(weight.dtype))
+            place_in = None if rows_of_walk or class_ids is None else class_ids[start:stop]
+            walk.ops.finish_rows(
+                None if share is None else gradient, gradient_wide, prepared, start, shares, norm_shares, mean, factor,
+                out, place_in,
+            )  # fmt: skip
 
         if need_x:
             if outer is not None:
@@ -351,6 +349,27 @@ def split_factor(g: Tensor, total: Tensor, beside: list[Tensor]) -> tuple[Tensor
     power = power.floor().clamp(max=room - 27.0).nan_to_num(nan=0.0, neginf=0.0)
     scale = torch.ldexp(torch.ones_like(power), power.int())
     return inverse, (g * scale) * inverse, scale.reciprocal()
+
+
+def add_slots(total: Tensor, maximum: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [slots, N] -> [N]
+    """The sum of exp(z - maximum) over all classes, and the maximum, from the sums that the slots hold."""
+    if maximum is None:
+        return total.sum(dim=0), None
+    if total.shape[0] == 1:
+        return total[0], finite(maximum[0])
+    highest = finite(maximum.amax(dim=0))
+    return (total * torch.exp(maximum - highest)).sum(dim=0), highest
+
+
+def hardest_slot(hardest: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:  # [slots, N] -> [N]
+    """The hardest logit of all slots and its row, the lowest of equal ones."""
+    if row.shape[0] == 1:
+        return hardest[0], row[0]
+    highest = hardest.amax(dim=0)
+    absent = torch.iinfo(row.dtype).max
+    lowest = torch.where((hardest == highest) & (row >= 0), row, absent).amin(dim=0)
+    # A logit that is nan equals nothing: its sample keeps the row that some slot has.
+    return highest, torch.where(lowest == absent, row.amax(dim=0), lowest)
 
 
 def finite(shift: Tensor) -> Tensor:

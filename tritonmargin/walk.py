@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritonmargin.kernels import STREAMS
+from tritonmargin.kernels import load_backend
 from tritonmargin.kernels.torch_ops import Rows, inverse_norm
 
 
@@ -59,8 +59,9 @@ class Walk:
         dtype: torch.dtype,
         chunk_bytes: int,
         backend: str,
+        exact: bool = False,
     ) -> None:
-        self.ops = STREAMS[backend]
+        self.ops = load_backend(backend)
         self.weight, self.class_ids, self.unit = weight, class_ids, unit
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
@@ -68,15 +69,22 @@ class Walk:
         self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
         self.acc = x.dtype
         self.rows_buffer = self.x.new_empty(self.chunk, self.d)
-        exact = dtype == self.acc or not unit
-        self.wide_buffer = self.rows_buffer if exact else self.rows_buffer.to(self.acc)
-        self.tile_buffer = self.x.new_empty(self.chunk, self.n)
+        # Rows in the precision of sums, where the rows of the products are not and somebody reads them.
+        same = dtype == self.acc or not unit
+        self.wide_buffer = self.rows_buffer if same else None
+        if not same and (exact or not self.ops.FUSED):
+            self.wide_buffer = self.rows_buffer.to(self.acc)
+        self.tile_buffer = self.ops.new_tile(self.x, self.chunk, dtype)
 
     def scratch(self, separate: bool) -> Tensor:
-        """A tile in the precision of sums: the tile itself if it has it and may be overwritten."""
-        if self.tile_buffer.dtype == self.acc and not separate:
+        """A tile in the precision of sums: the tile itself if it has it and may be overwritten, or nobody needs one."""
+        if self.ops.FUSED or (self.tile_buffer.dtype == self.acc and not separate):
             return self.tile_buffer
-        return self.tile_buffer.new_empty(self.chunk, self.n, dtype=self.acc)
+        return self.ops.new_tile(self.x, self.chunk, self.acc)
+
+    def per_slot(self, value: float, dtype: torch.dtype) -> Tensor:  # [slots, N]
+        """Room for what the forward pass keeps per sample."""
+        return self.x.new_full((self.ops.slots(self.x, self.chunk), self.n), value, dtype=dtype)
 
     def chunks(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.chunk, self.classes)) for start in range(0, self.classes, self.chunk)]

@@ -10,6 +10,7 @@ z log2(e) and exp(z) is its exp2, which is several times faster than exp on CPUs
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,18 +19,24 @@ from torch import Tensor
 
 from tritonmargin.kernels.variants import hinge, hinge_slope
 
+# Elementwise work is a pass over memory: it needs a tile in the precision of sums, and the rows in it.
+FUSED = False
+
 
 @dataclass
 class Running:
-    """What the forward pass keeps per sample while it walks; None: nobody asked."""
+    """What the forward pass keeps per sample while it walks; None: nobody asked.
 
-    total: Tensor | None = None  # [N]  sum over j != y of exp(z_ij - maximum), maximum = 0 on the bounded path
-    maximum: Tensor | None = None  # [N]  running max, only on the unbounded path
-    hardest: Tensor | None = None  # [N]  max over j != y of z_ij, as the tile has it
-    hardest_row: Tensor | None = None  # [N]  its position in the walk, -1 at first
+    A backend may fold its classes into several slots per sample, here it is one; the stream adds them up at the end.
+    """
+
+    total: Tensor | None = None  # [slots, N]  sum over j != y of exp(z_ij - maximum), maximum = 0 on the bounded path
+    maximum: Tensor | None = None  # [slots, N]  running max, only on the unbounded path
+    hardest: Tensor | None = None  # [slots, N]  max over j != y of z_ij, as the tile has it
+    hardest_row: Tensor | None = None  # [slots, N]  its position in the walk, -1 at first
     threshold: Tensor | None = None  # [N]  t_i of the hinge
-    hinge: Tensor | None = None  # [N]  sum over j != y of relu(z_ij - threshold_i)
-    violations: Tensor | None = None  # [N]  how many of them are positive
+    hinge: Tensor | None = None  # [slots, N]  sum over j != y of relu(z_ij - threshold_i)
+    violations: Tensor | None = None  # [slots, N]  how many of them are positive
 
 
 @dataclass
@@ -39,13 +46,21 @@ class Shares:
     row: Tensor  # [N]  position in the walk, -1 for none
     along: Tensor  # [N, D]  dL/dw' of that row: g_i x_i
 
+    @functools.cached_property
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Both in the order of the rows, samples of the same row in the order of the batch."""
+        row, order = torch.sort(self.row, stable=True)
+        return row, self.along.index_select(0, order)
+
 
 class Rows(NamedTuple):
     """A chunk's class rows w', ready for the products."""
 
     rows: Tensor  # [K, D]  in the compute dtype
-    exact: Tensor  # [K, D]  in the precision of sums if they are unit rows, else `rows`
+    exact: Tensor | None  # [K, D]  in the precision of sums if they are unit rows, else `rows`; None: nobody asked
     inverse: Tensor | None  # [K]  1/|w|, 0 for a zero row, if they are unit rows
+    weight: Tensor  # where they come from: [K, D], or [C, D] with `ids`
+    ids: Tensor | None  # [K]
 
 
 def prepare_rows(
@@ -56,12 +71,12 @@ def prepare_rows(
     rows, exact = buffer[: len(chunk)], wide[: len(chunk)]
     if not unit:
         rows = chunk if chunk.dtype == rows.dtype else rows.copy_(chunk)
-        return Rows(rows, rows, None)
+        return Rows(rows, rows, None, chunk, None)
     # Mixed dtypes in one elementwise call are several times slower on a CPU than a copy first.
     source = chunk if chunk.dtype == exact.dtype else exact.copy_(chunk)
     inverse = inverse_norm(torch.linalg.vector_norm(source, dim=1))
     torch.mul(source, inverse[:, None], out=exact)
-    return Rows(exact if rows.dtype == exact.dtype else rows.copy_(exact), exact, inverse)
+    return Rows(exact if rows.dtype == exact.dtype else rows.copy_(exact), exact, inverse, chunk, None)
 
 
 def reduce_chunk(
@@ -120,59 +135,84 @@ def weigh_chunk(
     tile: Tensor,
     scratch: Tensor,
     ready: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """The chunk's share in the gradient, without the factors that only depend on the sample, 0 at the targets.
 
     kind "exp": exp(z); "softmax": exp(z - shift_i) with shift = rest; "hinge": 1 where z > shift_i.
     `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to.
 
-    Returns the share in the compute dtype, for the GEMMs, and in the precision of sums (often the same tensor).
+    Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
+    the share, [K], before it is rounded.
     """
-    if kind == "exp":
-        ready = logits(rows, x, bias, target, start, tile).exp2_() if ready is None else ready
-        return ready, ready
+    if kind == "exp" and factor is None:
+        return (logits(rows, x, bias, target, start, tile).exp2_() if ready is None else ready), None
     z = logits(rows, x, bias, target, start, tile) if ready is None else ready
     if kind == "hinge":
         hinge_slope(z, shift, scratch)
     else:
         torch.sub(z, shift, out=scratch).exp_()
-    return (scratch if tile.dtype == scratch.dtype else tile.copy_(scratch)), scratch
+    by_class = None if factor is None else scratch @ factor
+    return (scratch if tile.dtype == scratch.dtype else tile.copy_(scratch)), by_class
 
 
 def finish_rows(
-    gradient: Tensor,
+    product: Tensor | None,
+    scratch: Tensor,
     prepared: Rows,
     start: int,
     shares: list[Shares],
     norm_shares: Shares | None,
     mean: tuple[Tensor, Tensor] | None,
     factor: Tensor | None,
-) -> Tensor:
-    """From A = dL/dw' of a chunk (gradient, in the precision of sums, changed in place) to dL/dw.
+    out: Tensor,
+    place: Tensor | None,
+) -> None:
+    """From A = dL/dw' of a chunk (product, in the compute dtype; None: 0) to dL/dw, in `out` (its rows `place`).
 
     Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
-    dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not.
+    dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is [K, D]
+    in the precision of sums; it may be `out`, and so may the product.
     """
-    stop = start + len(gradient)
+    stop = start + len(scratch)
+    gradient = scratch
+    if product is None:
+        gradient.zero_()
+    elif product is not gradient:
+        gradient.copy_(product)
     undo = None if factor is None else factor.reciprocal()
     for share in shares:
-        sample, place = inside_chunk(share.row, start, stop)
+        sample, row = inside_chunk(share.row, start, stop)
         if len(sample):
             along = share.along.index_select(0, sample)
-            gradient.index_add_(0, place, along if undo is None else along * undo)
+            gradient.index_add_(0, row, along if undo is None else along * undo)
     if mean is not None:
-        class_weight, row = mean
-        gradient.addr_(class_weight, row if undo is None else row * undo)
+        class_weight, along = mean
+        gradient.addr_(class_weight, along if undo is None else along * undo)
     if prepared.inverse is not None:
+        assert prepared.exact is not None
         dot = torch.linalg.vecdot(prepared.exact, gradient)
         gradient.addcmul_(prepared.exact, dot[:, None], value=-1.0)
         gradient.mul_((prepared.inverse if factor is None else prepared.inverse * factor)[:, None])
     elif factor is not None:
         gradient.mul_(factor)
     if norm_shares is not None:
-        sample, place = inside_chunk(norm_shares.row, start, stop)
-        gradient.index_add_(0, place, norm_shares.along.index_select(0, sample))
-    return gradient
+        sample, row = inside_chunk(norm_shares.row, start, stop)
+        gradient.index_add_(0, row, norm_shares.along.index_select(0, sample))
+    if place is not None:
+        out.index_copy_(0, place, gradient.to(out.dtype))
+    elif out is not gradient:
+        out.copy_(gradient)
+
+
+def slots(x: Tensor, chunk: int) -> int:
+    """How many places for partial results a sample needs."""
+    return 1
+
+
+def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
+    """A tile whose lines run over samples."""
+    return x.new_empty(k, x.shape[0], dtype=dtype)
 
 
 # -- what the four are made of -----------------------------------------------------------------------------------

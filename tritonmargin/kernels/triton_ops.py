@@ -1,0 +1,425 @@
+"""The four functions of a backend, as Triton kernels: `torch_ops` with every pass over the tile in registers.
+
+    prepare_rows   w'_j = w_j / |w_j|, in the compute dtype                   prepare_kernel, row-wise
+    reduce_chunk   z = x w'^T tile by tile, folded into numbers per sample    tile_kernel with reduce_tile
+    weigh_chunk    z again, and P = dL/dz from it                             tile_kernel with weigh_tile
+    finish_rows    dL/dw from dL/dw', and the rows that samples point at      finish_kernel, row-wise
+
+A tile is [BLOCK_N samples, BLOCK_C classes]: sums over classes then stay inside a thread and its three neighbours.
+What is stored of it is [N, K] in memory, and the stream sees its transpose.
+
+Nothing is shared between programs. A tile folds its classes into a place of its own, slot c // BLOCK_C of sample i,
+which the next chunk finds again; the stream adds the slots up once at the end. Samples that share a target row are
+added by the one program that owns the row, in the order of the batch. So there are no atomics and no locks, the result
+is the same on every run, and nothing waits for the device: no size depends on data.
+
+Rows are counted in 64 bits: C D and N K pass 2^31. The sizes that change from step to step are not specialised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tritonmargin.kernels.tiles import Tiles, pick_tiles, row_block, target_of
+from tritonmargin.kernels.torch_ops import Rows, Running, Shares
+from tritonmargin.kernels.variants import (
+    exp_term,
+    hinge_slope_term,
+    hinge_term,
+    softmax_term,
+)
+
+# Elementwise work costs no pass over memory here: no second tile for it, no rows beside those of the products.
+FUSED = True
+
+SHARES = {"exp": exp_term, "softmax": softmax_term, "hinge": hinge_slope_term}
+
+
+# -- prepare_rows ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["k"])
+def prepare_kernel(
+    weight, ids, rows, exact, inverse, k, stride_row, stride_column, stride_rows,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """rows[r] = w / |w|, w = weight[ids[r]], or w as it is; the norm in float32."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    inside = row < k
+    mask = inside[:, None] & (d < D)[None, :]
+    w = load_rows(weight, ids, row, d, inside, mask, stride_row, stride_column)
+    if UNIT:
+        scale = inverse_norm(tl.sqrt(tl.sum(w * w, axis=1)))
+        tl.store(inverse + row, scale, mask=inside)
+        w *= scale[:, None]
+    out = row[:, None] * stride_rows + d[None, :]
+    tl.store(rows + out, w.to(rows.dtype.element_ty), mask=mask)
+    if exact is not None:
+        tl.store(exact + out, w, mask=mask)
+
+
+@triton.jit
+def load_rows(weight, ids, row, d, inside, mask, stride_row, stride_column):
+    """Rows of W in float32, by position or by class number."""
+    source = row if ids is None else tl.load(ids + row, mask=inside, other=0)
+    place = source[:, None] * stride_row + d[None, :].to(tl.int64) * stride_column
+    return tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_norm(norm):
+    """1/norm, and 0 for a row whose norm is 0 (or so small that 1/norm overflows)."""
+    return tl.where(norm < 4.7019774e-38, 0.0, 1.0 / norm)  # 4 times the smallest normal float32
+
+
+def prepare_rows(
+    weight: Tensor,
+    class_ids: Tensor | None,
+    start: int,
+    stop: int,
+    unit: bool,
+    buffer: Tensor,
+    wide: Tensor | None,
+) -> Rows:
+    """Rows start..stop of the walk, normalised if `unit`, in `buffer`, and in float32 in `wide` if somebody asks."""
+    k, d = stop - start, weight.shape[1]
+    source = weight[start:stop] if class_ids is None else weight
+    ids = None if class_ids is None else class_ids[start:stop]
+    if not unit and ids is None and source.dtype == buffer.dtype and source.stride(1) == 1:
+        return Rows(source, source, None, source, ids)
+    rows = buffer[:k]
+    exact = None if wide is None else rows if wide.dtype == rows.dtype else wide[:k]
+    inverse = torch.empty(k, dtype=torch.float32, device=weight.device) if unit else None
+    block_k, block_d, warps = row_block(d)
+    prepare_kernel[(triton.cdiv(k, block_k),)](
+        source, ids, rows, None if exact is rows else exact, inverse, k, *source.stride(), rows.stride(0),
+        D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit, num_warps=warps,
+    )  # fmt: skip
+    return Rows(rows, exact, inverse, source, ids)
+
+
+# -- the tile: reduce_chunk and weigh_chunk ----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "k", "start"])
+def tile_kernel(
+    x, rows, bias, target, numbers, tile, out, n, k, start, stride_x, stride_rows, stride_tile,
+    EPILOGUE: tl.constexpr, OPTIONS: tl.constexpr, READY: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z = x w'^T + b, -inf at the targets, one tile after the other; what becomes of it is the epilogue's."""
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_n * tl.cdiv(k, BLOCK_C), tl.num_programs(0)):
+        # Tiles of the same classes follow each other: their rows are read once.
+        first_n, slot = (index % tiles_n) * BLOCK_N, index // tiles_n
+        first_c = slot * BLOCK_C
+        sample = first_n + tl.arange(0, BLOCK_N)
+        column = first_c + tl.arange(0, BLOCK_C)
+        place = sample[:, None].to(tl.int64) * stride_tile + column[None, :]
+        mask = (sample < n)[:, None] & (column < k)[None, :]
+        if READY:
+            z = tl.load(tile + place, mask=mask, other=-float("inf")).to(tl.float32)
+        else:
+            z = product(x, rows, first_n, first_c, n, k, stride_x, stride_rows, DESCRIPTORS, PRECISION, D, BLOCK_N,
+                        BLOCK_C, BLOCK_D)  # fmt: skip
+            if bias is not None:
+                z += tl.load(bias + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
+            own = tl.load(target + sample, mask=sample < n, other=-1) - start
+            z = tl.where((own[:, None] == column[None, :]) | (column >= k)[None, :], -float("inf"), z)
+        EPILOGUE(z, sample, column, slot, first_n // BLOCK_N, start, n, k, tile, place, mask, numbers, out, OPTIONS)
+
+
+@triton.jit
+def product(
+    x, rows, first_n, first_c, n, k, stride_x, stride_rows, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x[first_n : + BLOCK_N] rows[first_c : + BLOCK_C]^T, summed in float32; 0 beyond the edges."""
+    sample = first_n + tl.arange(0, BLOCK_N)
+    row = first_c + tl.arange(0, BLOCK_C)
+    z = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for first_d in range(0, D, BLOCK_D):
+        if DESCRIPTORS:
+            a = x.load([first_n, first_d])
+            b = rows.load([first_c, first_d])
+        else:
+            d = first_d + tl.arange(0, BLOCK_D)
+            a = tl.load(
+                x + sample[:, None].to(tl.int64) * stride_x + d[None, :],
+                mask=(sample < n)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                rows + row[:, None].to(tl.int64) * stride_rows + d[None, :],
+                mask=(row < k)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+        z = tl.dot(a, b.T, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def reduce_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask, threshold, run, BOUNDED: tl.constexpr):
+    """Fold the tile's classes into the numbers that this slot keeps per sample; `tile`: what backward starts from."""
+    total, maximum, hardest, hardest_row, hinge, violations = run
+    inside = sample < n
+    own = slot.to(tl.int64) * n + sample
+    if hardest is not None:
+        value = tl.max(z, axis=1)
+        # Equal logits: the lowest class. A logit that is nan is the hardest, as in torch.
+        row = tl.min(tl.where(z == value[:, None], column[None, :], 2147483647), axis=1)
+        invalid = tl.max((z != z).to(tl.int32), axis=1) > 0
+        before = tl.load(hardest + own, mask=inside, other=0.0)
+        better = value > before
+        value = tl.where(invalid, float("nan"), tl.where(better, value, before))
+        tl.store(hardest + own, value, mask=inside)
+        tl.store(hardest_row + own, row.to(tl.int64) + start, mask=inside & better)
+    if hinge is not None:
+        excess = hinge_term(z, tl.load(threshold + sample, mask=inside, other=0.0)[:, None])
+        found = tl.load(hinge + own, mask=inside, other=0.0) + tl.sum(excess, axis=1)
+        tl.store(hinge + own, found, mask=inside)
+        count = tl.load(violations + own, mask=inside, other=0.0) + tl.sum((excess != 0.0).to(tl.float32), axis=1)
+        tl.store(violations + own, count, mask=inside)
+    if total is not None:
+        before = tl.load(total + own, mask=inside, other=0.0)
+        if BOUNDED:
+            z = tl.exp2(z)
+            found = before + tl.sum(z, axis=1)
+        else:
+            earlier = tl.load(maximum + own, mask=inside, other=-float("inf"))
+            highest = tl.maximum(earlier, tl.max(z, axis=1))
+            # Where every logit so far is masked the maximum is -inf, and -inf - -inf would be nan.
+            shift = tl.where(highest == -float("inf"), 0.0, highest)
+            found = before * tl.exp(earlier - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
+            tl.store(maximum + own, highest, mask=inside)
+        tl.store(total + own, found, mask=inside)
+    if tile is not None:
+        tl.store(tile + place, z.to(tile.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weigh_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask, shift, out, SHARE: tl.constexpr):
+    """P = dL/dz without the factors that only depend on the sample; and its sum with them, for the bias."""
+    share, stride_share, factor, by_class = out
+    value = SHARE(z, tl.load(shift + sample, mask=sample < n, other=0.0)[:, None])
+    place = sample[:, None].to(tl.int64) * stride_share + column[None, :]
+    tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)
+    if by_class is not None:
+        value *= tl.load(factor + sample, mask=sample < n, other=0.0)[:, None]
+        tl.store(by_class + slot_n.to(tl.int64) * k + column, tl.sum(value, axis=0), mask=column < k)
+
+
+def reduce_chunk(
+    rows: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    bounded: bool,
+    tile: Tensor,
+    scratch: Tensor,
+    keep: bool,
+    run: Running,
+) -> None:
+    """Fold one chunk's logits into `run`, whose numbers are [slots, N].
+
+    With `keep`, leaves in `tile` what `weigh_chunk` can start from: exp(z) on the bounded path and z otherwise, the
+    targets masked. `scratch` is not needed here.
+    """
+    out = (run.total, run.maximum, run.hardest, run.hardest_row, run.hinge, run.violations)
+    launch(rows, x, bias, target, start, run.threshold, tile if keep else None, out, reduce_tile, bounded, False)
+
+
+def weigh_chunk(
+    rows: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    kind: str,
+    shift: Tensor,
+    tile: Tensor,
+    scratch: Tensor,
+    ready: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The chunk's share in the gradient, without the factors that only depend on the sample, 0 at the targets.
+
+    kind "exp": exp(z); "softmax": exp(z - shift_i) with shift = rest; "hinge": 1 where z > shift_i.
+    `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to.
+
+    Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
+    the share, [K], before it is rounded.
+    """
+    if kind == "exp" and ready is not None and factor is None:
+        return ready, None
+    n, k = len(x), len(rows)
+    by_class = None
+    if factor is not None:
+        slots = triton.cdiv(n, tiles_for(x, k).block_n)
+        by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
+    out = (tile, tile.stride(1), factor, by_class)
+    launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None)
+    return tile, None if by_class is None else by_class.sum(dim=0)
+
+
+def launch(
+    rows: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    start: int,
+    numbers: Tensor | None,
+    tile: Tensor | None,
+    out: tuple[Any, ...],
+    epilogue: Any,
+    options: Any,
+    ready: bool,
+) -> None:
+    """tile_kernel over the chunk: what both passes over the classes have in common."""
+    (n, d), k = x.shape, len(rows)
+    tiles = tiles_for(x, k)
+    count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
+    described = tiles.descriptors and not ready and can_describe(x) and can_describe(rows)
+    a, b = x, rows
+    if described:
+        a = TensorDescriptor.from_tensor(x, [tiles.block_n, tiles.block_d])
+        b = TensorDescriptor.from_tensor(rows, [tiles.block_c, tiles.block_d])
+    tile_kernel[(min(count, tiles.programs) if tiles.programs else count,)](
+        a, b, bias, target, numbers, tile, out, n, k, start, x.stride(0), rows.stride(0),
+        1 if tile is None else tile.stride(1),
+        EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described, PRECISION=precision(x.dtype),
+        D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def tiles_for(x: Tensor, k: int) -> Tiles:
+    (target, processors), (n, d) = target_of(x), x.shape
+    return pick_tiles(target, x.dtype, n, d, k, processors)
+
+
+def slots(x: Tensor, chunk: int) -> int:
+    """How many places for partial results a sample needs."""
+    return triton.cdiv(chunk, tiles_for(x, chunk).block_c)
+
+
+def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
+    """A tile whose lines run over classes, every line aligned."""
+    return x.new_empty(x.shape[0], (k + 15) // 16 * 16, dtype=dtype)[:, :k].t()
+
+
+def can_describe(matrix: Tensor) -> bool:
+    """Whether the tensor memory accelerator can load it: lines and addresses are multiples of 16 bytes."""
+    line = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and line % 16 == 0 and matrix.data_ptr() % 16 == 0 and line > 0
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as torch multiplies them, see `torch.set_float32_matmul_precision`.
+
+    "highest" (torch's default) is IEEE float32; "high" and "medium" round the operands to TF32 (10 bits of mantissa,
+    about 1e-3), several times faster. bfloat16 and float16 are exact operands either way.
+    """
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+# -- finish_rows -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "k", "start"])
+def finish_kernel(
+    product, weight, ids, inverse, out, place, shares, norm_shares, mean, factor, n, k, start, stride_product,
+    stride_row, stride_column, stride_out,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dL/dw = (A - w' (w' . A)) / |w| with A = product + the shares of the samples that point at the row."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    inside = row < k
+    mask = inside[:, None] & (d < D)[None, :]
+    a = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    if product is not None:
+        a += tl.load(product + row[:, None] * stride_product + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    # A may carry a scale that the shares do not; factor undoes it.
+    undo = 1.0 if factor is None else tl.load(factor)
+    carried = 1.0 / undo
+    for i in tl.static_range(len(shares)):
+        a += carried * shares_of(shares[i], row + start, d, n, D, BLOCK_K, BLOCK_D)
+    if mean is not None:
+        class_weight, along = mean
+        c = tl.load(class_weight + row, mask=inside, other=0.0)
+        a += carried * c[:, None] * tl.load(along + d, mask=d < D, other=0.0)[None, :]
+    if inverse is not None:
+        scale = tl.load(inverse + row, mask=inside, other=0.0)
+        unit = load_rows(weight, ids, row, d, inside, mask, stride_row, stride_column) * scale[:, None]
+        a -= unit * tl.sum(unit * a, axis=1)[:, None]
+        a *= (scale * undo)[:, None]
+    else:
+        a *= undo
+    if norm_shares is not None:
+        a += shares_of(norm_shares, row + start, d, n, D, BLOCK_K, BLOCK_D)
+    target = row if place is None else tl.load(place + row, mask=inside, other=0)
+    tl.store(out + target[:, None] * stride_out + d[None, :], a.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shares_of(shares, row, d, n, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of the shares of each row's samples, which are sorted by row."""
+    sample_row, along = shares
+    total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    first = tl.min(row, axis=0)
+    for i in range(lower_bound(sample_row, n, first), lower_bound(sample_row, n, first + BLOCK_K)):
+        own = row == tl.load(sample_row + i)
+        line = tl.load(along + tl.cast(i, tl.int64) * D + d, mask=d < D, other=0.0)
+        total += tl.where(own[:, None], line[None, :], 0.0)
+    return total
+
+
+@triton.jit
+def lower_bound(values, n, limit):
+    """How many of the sorted values are below the limit."""
+    low = 0
+    high = n
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(values + middle) < limit
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+def finish_rows(
+    product: Tensor | None,
+    scratch: Tensor,
+    prepared: Rows,
+    start: int,
+    shares: list[Shares],
+    norm_shares: Shares | None,
+    mean: tuple[Tensor, Tensor] | None,
+    factor: Tensor | None,
+    out: Tensor,
+    place: Tensor | None,
+) -> None:
+    """From A = dL/dw' of a chunk (product, in the compute dtype; None: 0) to dL/dw, in `out` (its rows `place`).
+
+    Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
+    dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is not
+    needed here.
+    """
+    k, d = prepared.rows.shape
+    block_k, block_d, warps = row_block(d)
+    n = len(shares[0].row) if shares else 0 if norm_shares is None else len(norm_shares.row)
+    finish_kernel[(triton.cdiv(k, block_k),)](
+        product, prepared.weight, prepared.ids, prepared.inverse, out, place,
+        tuple(share.sorted for share in shares), None if norm_shares is None else norm_shares.sorted, mean, factor,
+        n, k, start, 1 if product is None else product.stride(0), *prepared.weight.stride(), out.stride(0),
+        D=d, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
