@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tritonmargin as tm
-from tritonmargin.kernels import STREAMS
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
 
