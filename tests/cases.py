@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -18,6 +19,13 @@ import tritonmargin as tm
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
 
+# The machine of this run (see conftest.py), and the backends that work there.
+MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
+BACKENDS = ["torch"] if MACHINE == "cpu" else ["triton"]
+DEVICE = "cpu" if MACHINE in ("cpu", "interpreter") else "cuda"
+
+cpu_only = pytest.mark.skipif(MACHINE != "cpu", reason="about what torch does on a CPU")
+
 # HYPOTHESIS_MORE=20 draws 20 times as many examples, other ones on every run.
 MORE = int(os.environ.get("HYPOTHESIS_MORE", "1"))
 
@@ -25,7 +33,7 @@ ONE_CHUNK = 64  # classes: the least that a chunk holds, and what it holds with 
 
 every_margin = pytest.mark.parametrize("name", MARGINS)
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-every_backend = pytest.mark.parametrize("backend", ["torch"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32, torch.float64)
@@ -61,7 +69,8 @@ class Problem:
 
 
 def made(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 def problem(n: int = 6, d: int = 9, c: int = 131, *, bias: bool = False, seed: int = 0) -> Problem:
@@ -70,7 +79,7 @@ def problem(n: int = 6, d: int = 9, c: int = 131, *, bias: bool = False, seed: i
     return Problem(
         x=made(n, d, seed=seed + 1),
         w=made(c, d, seed=seed + 2) / math.sqrt(d),
-        y=torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed + 3)),
+        y=torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed + 3), device="cpu").to(DEVICE),
         upstream=made(n, seed=seed + 4),
         bias=made(c, seed=seed + 5) if bias else None,
     )
@@ -83,13 +92,19 @@ def at_angle(cosine: Tensor, own: Tensor, aside: Tensor) -> Tensor:  # [N], [N, 
     return cosine[:, None] * own + (1.0 - cosine**2).clamp(min=0.0).sqrt()[:, None] * aside
 
 
+def using(backend: str | None, *dtypes: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """`use_backend`, or the library's own choice: the kernels leave float64 to the torch backend, on every device."""
+    own_choice = backend is None or (backend == "triton" and torch.float64 in dtypes)
+    return contextlib.nullcontext() if own_choice else tm.use_backend(backend)
+
+
 def run(
     loss: Callable[..., Any], given: Problem, margin: tm.Margin, *, backend: str | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The loss and its gradients by name; the upstream gradient is the problem's, or 1.5 for a scalar loss."""
     leaves = {"dx": given.x, "dw": given.w} | ({} if given.bias is None else {"db": given.bias})
     leaves = {key: value.detach().requires_grad_() for key, value in leaves.items()}
-    with tm.use_backend(backend or "torch"):
+    with using(backend, given.x.dtype, given.w.dtype):
         value = loss(leaves["dx"], leaves["dw"], given.y, margin, bias=leaves.get("db"), **options)
         upstream = given.upstream.to(value.dtype) if value.ndim else torch.tensor(1.5, dtype=value.dtype)
         grads = torch.autograd.grad(value, list(leaves.values()), upstream)

@@ -1,12 +1,53 @@
-"""What every test file runs under."""
+"""What every test file runs under: hypothesis' profile, and the machine that the tests of the kernels run on.
+
+TRITONMARGIN_TESTS chooses it. "cpu", the default: CPU tensors. "cuda": the GPU of this machine. "ttsem-90", also -80
+and -100: the same tests, written for device="cuda", with every kernel launch compiled for that compute capability and
+executed on the CPU by ttsem, which stops at accesses out of bounds and at races. "interpreter": CPU tensors through
+Triton's interpreter.
+"""
 
 from __future__ import annotations
 
-from cases import MORE
-from hypothesis import HealthCheck, settings
+import functools
+import os
+
+MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
+if MACHINE == "interpreter":
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+MORE = int(os.environ.get("HYPOTHESIS_MORE", "1"))
 
 # The same examples on every run and every machine, unless more are asked for.
 settings.register_profile(
     "ours", derandomize=MORE == 1, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if MACHINE == "cuda":
+        torch.set_default_device("cuda")
+    if not MACHINE.startswith("ttsem"):
+        return
+    from ttsem import harness, sanitize
+
+    # A launch like an earlier one is parsed once.
+    harness.mlir.parse = functools.lru_cache(maxsize=1000)(harness.mlir.parse)
+    session = sanitize.session(cc=int(MACHINE.removeprefix("ttsem-")))
+    config.ttsem_state = session.__enter__()
+    config.add_cleanup(lambda: session.__exit__(None, None, None))
+    # Buffers that the library makes hold nan until somebody writes them.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    state = getattr(config, "ttsem_state", None)
+    if state is not None and state.launches:
+        terminalreporter.write_line(
+            f"{state.launches} launches executed, {state.races_unchecked} too large to be checked for races"
+        )

@@ -15,6 +15,7 @@ from cases import (
     Problem,
     assert_rows_close,
     cost,
+    cpu_only,
     every_backend,
     every_kind,
     every_margin,
@@ -77,6 +78,7 @@ def test_both_sides_of_the_switch(
     assert (ours["dx"] - expected["dx"]).norm() <= left * tolerance * expected["dx"].norm()
 
 
+@cpu_only
 @every_backend
 @every_objective
 def test_the_bounded_path_needs_no_maximum(objective: str, backend: str) -> None:
@@ -110,6 +112,8 @@ def test_is_bounded() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @every_backend
 def test_both_paths_are_the_same_function(dtype: torch.dtype, s: float, backend: str) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels leave float64 to the torch backend")
     given = problem(6, 9, CLASSES)
     acc = torch.float32 if dtype == torch.bfloat16 else dtype
     x = (s * torch.nn.functional.normalize(given.x)).to(acc)
@@ -180,25 +184,26 @@ def test_split_factor_stays_inside_the_range_of_float32() -> None:
 @every_backend
 def test_every_output_and_its_gradient(sampled: bool, unit: bool, backend: str) -> None:
     """All outputs at once, weighted at random, against their definitions."""
-    given = problem(8, 9, CLASSES, bias=not unit)
+    dtype, size = (torch.float64, 1.0) if backend == "torch" else (torch.float32, 1e6)
+    given = problem(8, 9, CLASSES, bias=not unit).to(dtype)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 3)]).unique() if sampled else None
     row = given.y if ids is None else torch.searchsorted(ids, given.y)
     row = row.clone()
     row[2] = -1
-    class_weight, threshold = made(CLASSES, seed=7).abs(), made(8, seed=8)
-    upstream = [made(8, seed=20 + k) for k in range(6)]
+    class_weight, threshold = made(CLASSES, seed=7).abs().to(dtype), made(8, seed=8).to(dtype)
+    upstream = [made(8, seed=20 + k).to(dtype) for k in range(6)]
     values, grads = [], []
     for streaming in (True, False):
         x, w = given.x.clone().requires_grad_(), given.w.clone().requires_grad_()
         b = None if given.bias is None else given.bias.clone().requires_grad_()
         kept = [leaf for leaf in (x, w, b) if leaf is not None]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=dtype)
         found: dict[str, Tensor] = {}
         # The hinge and the logsumexp share one walk's gradient, so they are asked for one after the other.
         for hinging in (False, True):
             t = threshold if hinging else None
             if streaming:
-                options = op_options(torch.float64, class_ids=ids, bias=b, class_weight=class_weight, threshold=t,
+                options = op_options(dtype, class_ids=ids, bias=b, class_weight=class_weight, threshold=t,
                                      unit=unit, bounded=False, want_hardest=True, backend=backend)  # fmt: skip
                 out = stream(x, w, row, **options)._asdict()
             else:
@@ -215,9 +220,9 @@ def test_every_output_and_its_gradient(sampled: bool, unit: bool, backend: str) 
     ours, expected = values
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
-        assert_rows_close(value, expected[name], 1e-11, 1e-12, name)
+        assert_rows_close(value, expected[name], size * 1e-11, size * 1e-12, name)
     for gradient, other in zip(*grads, strict=True):
-        assert_rows_close(gradient, other, 1e-10, 1e-12)
+        assert_rows_close(gradient, other, size * 1e-10, size * 1e-12)
 
 
 def by_definition(
@@ -243,7 +248,7 @@ def by_definition(
     }
     if threshold is not None:
         excess = (others - threshold[:, None]).relu()
-        out |= {"hinge": excess.sum(dim=1), "violations": (excess > 0).double().sum(dim=1)}
+        out |= {"hinge": excess.sum(dim=1), "violations": (excess > 0).to(z.dtype).sum(dim=1)}
     return out
 
 
@@ -321,6 +326,7 @@ def step(given: Problem, margin: tm.Margin, frozen: str = "", shapes: bool = Tru
     return [cost(forward, shapes)] + ([cost(backward, shapes)] if found[0].requires_grad else [])
 
 
+@cpu_only
 @pytest.mark.parametrize("retain", [0, ONE_CHUNK * 6 * 4, EVERYTHING], ids=["none", "one chunk", "everything"])
 @pytest.mark.parametrize("frozen", ["", "x", "w", "xw"], ids=["nothing", "x", "w", "both"])
 @every_objective
@@ -339,6 +345,7 @@ def test_matrix_products_per_chunk(kind: str, objective: str, frozen: str, retai
     assert len(costs[1].products) == (0 if objective == "max-hinge" else backward)
 
 
+@cpu_only
 def test_no_grad_keeps_no_tile() -> None:
     given = problem(16, 9, 40 * ONE_CHUNK).to(torch.float32)
     tiles = 16 * 40 * ONE_CHUNK * 4

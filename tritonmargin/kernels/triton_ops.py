@@ -171,6 +171,9 @@ def reduce_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask,
     total, maximum, hardest, hardest_row, hinge, violations = run
     inside = sample < n
     own = slot.to(tl.int64) * n + sample
+    if tile is not None and not BOUNDED:
+        # Backward will see the rounded logits: their logsumexp has to be the one of the same numbers.
+        z = z.to(tile.dtype.element_ty).to(tl.float32)
     if hardest is not None:
         value = tl.max(z, axis=1)
         # Equal logits: the lowest class. A logit that is nan is the hardest, as in torch.
