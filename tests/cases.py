@@ -24,6 +24,8 @@ MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
 BACKENDS = ["torch"] if MACHINE == "cpu" else ["triton"]
 DEVICE = "cpu" if MACHINE in ("cpu", "interpreter") else "cuda"
 
+# Fake tensors, compiled graphs and what autograd does on its own are real on a CPU and on a GPU.
+not_ttsem = pytest.mark.skipif(MACHINE.startswith("ttsem"), reason="asks torch about a device that is not there")
 cpu_only = pytest.mark.skipif(MACHINE != "cpu", reason="about what torch does on a CPU")
 
 # HYPOTHESIS_MORE=20 draws 20 times as many examples, other ones on every run.
@@ -96,6 +98,11 @@ def using(backend: str | None, *dtypes: torch.dtype) -> contextlib.AbstractConte
     """`use_backend`, or the library's own choice: the kernels leave float64 to the torch backend, on every device."""
     own_choice = backend is None or (backend == "triton" and torch.float64 in dtypes)
     return contextlib.nullcontext() if own_choice else tm.use_backend(backend)
+
+
+def precise(backend: str) -> tuple[torch.dtype, float]:
+    """The most precise dtype that a backend computes in, and how many times coarser than float64 it is."""
+    return (torch.float64, 1.0) if backend == "torch" else (torch.float32, 2e6)
 
 
 def run(

@@ -74,7 +74,8 @@ def stream_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend, exact=class_weight is not None)
-        run = Running(threshold=threshold)
+        target, class_ids = target.contiguous(), walk.class_ids
+        run = Running(threshold=None if threshold is None else threshold.contiguous())
         if want_rest:
             run.total = walk.per_slot(0.0, x.dtype)
             run.maximum = None if bounded else walk.per_slot(-torch.inf, x.dtype)
@@ -185,6 +186,9 @@ def stream_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         walk = Walk(x, weight, class_ids, unit, kind == "exp", dtype, chunk_bytes, backend)
+        target, class_ids = target.contiguous(), walk.class_ids
+        g_walk = None if g_walk is None else g_walk.contiguous()
+        shift = None if shift is None else shift.contiguous()
         make = torch.zeros if class_ids is not None and not sparse else torch.empty
         shape = walk.gradient_shape(sparse)
         grad_x = x.new_zeros((walk.n, walk.d) if need_x else 0)

@@ -62,11 +62,14 @@ class Walk:
         exact: bool = False,
     ) -> None:
         self.ops = load_backend(backend)
-        self.weight, self.class_ids, self.unit = weight, class_ids, unit
+        self.weight, self.unit = weight, unit
+        self.class_ids = None if class_ids is None else class_ids.contiguous()
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
         self.chunk = chunk_classes(self.n, self.d, self.classes, chunk_bytes)
         self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
+        if self.ops.FUSED:
+            self.x = self.x.contiguous()
         self.acc = x.dtype
         self.rows_buffer = self.x.new_empty(self.chunk, self.d)
         # Rows in the precision of sums, where the rows of the products are not and somebody reads them.
@@ -100,7 +103,7 @@ class Walk:
     def select(self, vector: Tensor | None, start: int, stop: int) -> Tensor | None:
         """A per-class vector's numbers for the chunk."""
         if vector is None or self.class_ids is None:
-            return None if vector is None else vector[start:stop]
+            return None if vector is None else vector[start:stop].contiguous()
         return vector.index_select(0, self.class_ids[start:stop])
 
     def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,560 @@
+"""The Triton kernels one by one, written for a GPU; conftest.py says on what machines they run.
+
+Every output is nan before a kernel writes it. Sizes are one past a block in some direction. The expected values come
+from float64 tensors, or from the torch backend's function of the same name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import DEVICE, MACHINE, made
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import tritonmargin as tm
+from tritonmargin import kernels, walk
+from tritonmargin.kernels import torch_ops
+from tritonmargin.kernels.torch_ops import Running, Shares
+from tritonmargin.stream import stream
+
+if MACHINE == "cpu":
+    pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
+
+from tritonmargin.kernels import tiles, triton_ops
+
+TTSEM = MACHINE.startswith("ttsem")
+# The interpreter multiplies bfloat16 operands wrongly (Triton 3.6 to 3.9).
+DTYPES = [torch.float32, torch.float16] + ([] if MACHINE == "interpreter" else [torch.bfloat16])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# (N, K, D), and why.
+SIZES = {
+    "one of everything": (1, 1, 1),
+    "one class past a tile": (5, 129, 16),
+    "one sample past a tile": (17, 40, 24),
+    "width past a block": (6, 70, 65),
+    "several tiles in every direction": (130, 140, 130),
+}
+sizes = pytest.mark.parametrize("size", SIZES)
+
+
+@pytest.fixture
+def ttsem(pytestconfig: pytest.Config) -> Any:
+    if not TTSEM:
+        pytest.skip("asks ttsem what it saw")
+    return pytestconfig.ttsem_state
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return made(*shape, seed=seed).to(dtype)
+
+
+def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+
+
+def unwritten_tile(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    tile = triton_ops.new_tile(unwritten(n, 1, dtype=dtype), k, dtype)
+    return tile.fill_(math.nan)
+
+
+def close(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, size: float = 8.0, floor: float = 0.0
+) -> None:
+    """Within `size` roundings of the largest number, or of `floor` where larger ones cancelled."""
+    assert actual.shape == expected.shape
+    expected, actual = expected.double(), actual.double()
+    scale = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
+    scale, eps = max(scale, floor), torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=size * eps, atol=size * eps * scale, equal_nan=True)
+
+
+# -- prepare_rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed", "every other row", "every other column"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("sampled", [False, True], ids=["range", "ids"])
+@dtypes
+def test_prepare_rows(dtype: torch.dtype, sampled: bool, unit: bool, layout: str) -> None:
+    c, d, start, stop = 70, 33, 5, 57
+    w = {
+        "dense": lambda: random(c, d, seed=1),
+        "transposed": lambda: random(d, c, seed=1).t(),
+        "every other row": lambda: random(2 * c, d, seed=1)[::2],
+        "every other column": lambda: random(c, 2 * d, seed=1)[:, ::2],
+    }[layout]()
+    w[11] = 0.0
+    ids = torch.arange(c, device=DEVICE)[torch.arange(c) % 7 != 3] if sampled else None
+    rows, wide = unwritten(64, d, dtype=dtype), unwritten(64, d)
+    found = triton_ops.prepare_rows(w, ids, start, stop, unit, rows, wide)
+    chunk = (w if ids is None else w[ids])[start:stop].double()
+    norm = chunk.norm(dim=1, keepdim=True)
+    expected = torch.where(norm > 0, chunk / norm, 0.0) if unit else chunk
+    close(found.rows, expected, dtype, 2.0)
+    if unit:
+        close(found.exact, expected)
+        close(found.inverse, torch.where(norm > 0, 1.0 / norm, 0.0)[:, 0])
+        assert rows[stop - start :].isnan().all()
+        assert wide[stop - start :].isnan().all()
+    else:
+        assert found.inverse is None
+
+
+def test_prepare_rows_uses_the_weight_itself_where_nothing_changes() -> None:
+    w = random(20, 16, seed=1)
+    found = triton_ops.prepare_rows(w, None, 3, 9, False, unwritten(16, 16), None)
+    assert found.rows.data_ptr() == w[3].data_ptr()
+
+
+def test_prepare_rows_of_any_length() -> None:
+    """Rows whose norm is outside of what a float32 can be squared to have none, as in torch."""
+    w = torch.ones(5, 8, device=DEVICE) * torch.tensor([[0.0], [1e-39], [1e-12], [1.0], [1e12]], device=DEVICE)
+    found = triton_ops.prepare_rows(w, None, 0, 5, True, unwritten(16, 8), None)
+    expected = torch_ops.prepare_rows(w, None, 0, 5, True, unwritten(16, 8), unwritten(16, 8))
+    close(found.rows, expected.rows)
+    close(found.inverse, expected.inverse)
+
+
+# -- reduce_chunk ------------------------------------------------------------------------------------------------
+
+
+def operands(n: int, k: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, rows and targets, of which some are in the chunk that starts at 3, some before, behind, and nowhere."""
+    x, rows = random(n, d, seed=1, dtype=dtype), random(k, d, seed=2, dtype=dtype) / math.sqrt(d)
+    target = torch.arange(n, device=DEVICE) * 3 % (k + 6)
+    target[::5] = -1
+    return x, rows, target
+
+
+def logits(x: Tensor, rows: Tensor, bias: Tensor | None, target: Tensor, start: int) -> Tensor:  # [N, K]
+    z = x.double() @ rows.double().T + (0.0 if bias is None else bias.double())
+    own = target[:, None] == start + torch.arange(len(rows), device=DEVICE)
+    return z.masked_fill(own, -math.inf)
+
+
+def running(n: int, k: int, like: Tensor, bounded: bool = False, threshold: Tensor | None = None) -> Running:
+    slots = triton_ops.slots(like, k)
+
+    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((slots, n), value, dtype=dtype, device=DEVICE)
+
+    return Running(
+        total=full(0.0),
+        maximum=None if bounded else full(-math.inf),
+        hardest=full(-math.inf),
+        hardest_row=full(-1, torch.int64),
+        threshold=threshold,
+        hinge=None if threshold is None else full(0.0),
+        violations=None if threshold is None else full(0.0),
+    )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("path", ["bounded", "online", "online with bias", "hinge"])
+@sizes
+@dtypes
+def test_reduce_chunk(dtype: torch.dtype, size: str, path: str, keep: bool) -> None:
+    """Two chunks folded one after the other, the second shorter by one class."""
+    n, k, d = SIZES[size]
+    x, rows, target = operands(n, k, d, dtype)
+    bias = random(k, seed=3, dtype=dtype) if path == "online with bias" else None
+    threshold = random(n, seed=4) if path == "hinge" else None
+    run = running(n, k, x, path == "bounded", threshold)
+    found = []
+    for start, last in ((3, k), (3 + k, max(1, k - 1))):
+        tile = unwritten_tile(n, last, dtype)
+        b = None if bias is None else bias[:last]
+        triton_ops.reduce_chunk(rows[:last], x, b, target, start, path == "bounded", tile, tile, keep, run)
+        z = logits(x, rows[:last], b, target, start)
+        found.append(z)
+        kept = z.exp2() if path == "bounded" else z
+        if keep:
+            close(tile.t(), kept, dtype)
+        else:
+            assert tile.isnan().all()
+    z = torch.cat(found, dim=1)
+    rounded = dtype if keep and path != "bounded" else torch.float32
+    scale = 1.0 + float(z[z.isfinite()].abs().max()) if z.isfinite().any() else 1.0
+    if path == "bounded":
+        close(run.total.sum(dim=0), z.exp2().sum(dim=1), size=32.0)
+    else:
+        total = (run.total.double() * torch.exp(run.maximum.double())).sum(dim=0)
+        close(total.log(), z.logsumexp(dim=1), rounded, scale * 8.0)
+    hardest = run.hardest.amax(dim=0)
+    close(hardest, z.amax(dim=1), rounded)
+    row = torch.where(run.hardest == hardest, run.hardest_row, 10**9).amin(dim=0)
+    if rounded == torch.float32:
+        index = torch.cat([torch.arange(3, 3 + k), torch.arange(3 + k, 3 + k + max(1, k - 1))]).to(DEVICE)
+        expected = torch.where(z.amax(dim=1) == -math.inf, -1, index[z.argmax(dim=1)])
+        assert torch.equal(torch.where(hardest == -math.inf, -1, row), expected)
+    if threshold is not None:
+        excess = (z - threshold.double()[:, None]).relu()
+        close(run.hinge.sum(dim=0), excess.sum(dim=1), rounded, 32.0)
+        if rounded == torch.float32:
+            assert torch.equal(run.violations.sum(dim=0), (excess > 0).sum(dim=1).float())
+
+
+def test_reduce_chunk_breaks_ties_by_the_lowest_class() -> None:
+    x, rows = torch.ones(3, 16, device=DEVICE), torch.ones(300, 16, device=DEVICE)
+    run = running(3, 300, x)
+    target = torch.tensor([0, 5, 299], device=DEVICE)
+    triton_ops.reduce_chunk(rows, x, None, target, 0, False, unwritten_tile(3, 300, x.dtype), x, False, run)
+    assert run.hardest_row[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("path", ["bounded", "online", "hinge"])
+def test_not_a_number_comes_out_where_it_went_in(path: str) -> None:
+    """In the samples that see it, of all four numbers."""
+    x, rows, target = operands(20, 140, 16, torch.float32)
+    x[7] = math.nan
+    threshold = random(20, seed=4) if path == "hinge" else None
+    run = running(20, 140, x, path == "bounded", threshold)
+    triton_ops.reduce_chunk(
+        rows, x, None, target, 3, path == "bounded", unwritten_tile(20, 140, x.dtype), x, False, run
+    )
+    numbers = [run.total.sum(dim=0), run.hardest.amax(dim=0)] + ([] if threshold is None else [run.hinge.sum(dim=0)])
+    for value in numbers:
+        assert value.isnan().nonzero().flatten().tolist() == [7]
+
+
+# -- weigh_chunk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_class", [False, True], ids=["", "with the bias's gradient"])
+@pytest.mark.parametrize("ready", [False, True], ids=["", "from a retained tile"])
+@pytest.mark.parametrize("kind", ["exp", "softmax", "hinge"])
+@sizes
+@dtypes
+def test_weigh_chunk(dtype: torch.dtype, size: str, kind: str, ready: bool, by_class: bool) -> None:
+    n, k, d = SIZES[size]
+    if kind == "exp" and by_class:
+        pytest.skip("a bias has no bound")
+    x, rows, target = operands(n, k, d, dtype)
+    shift, factor = random(n, seed=5) + 4.0, random(n, seed=6)
+    tile = unwritten_tile(n, k, dtype)
+    z = logits(x, rows, None, target, 3)
+    retained = None
+    if ready:
+        # A line longer than the tile's: retained tiles lie next to each other.
+        retained = triton_ops.new_tile(x, k + 100, dtype)[:k]
+        retained.copy_((z.exp2() if kind == "exp" else z).t())
+        z = z if kind == "exp" else retained.t().double()
+    found, sums = triton_ops.weigh_chunk(
+        rows, x, None, target, 3, kind, shift, tile, tile, retained, factor if by_class else None
+    )
+    shift = shift.double()[:, None]
+    expected = {"exp": z.exp2(), "softmax": (z - shift).exp(), "hinge": (z > shift).double()}[kind]
+    scale = 1.0 + float(z[z.isfinite()].abs().max()) if z.isfinite().any() else 1.0
+    close(found.t(), expected, dtype, 2.0 if dtype != torch.float32 else scale * 8.0)
+    assert (sums is None) == (not by_class)
+    if sums is not None:
+        close(sums, (expected * factor.double()[:, None]).sum(dim=0), size=scale * 64.0)
+
+
+# -- finish_rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["dense", "to sampled rows", "in place"])
+@pytest.mark.parametrize("extras", ["product only", "shares", "everything", "no product"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("d", [1, 33, 130])
+def test_finish_rows(d: int, unit: bool, extras: str, written: str) -> None:
+    """The torch backend's function on float64 tensors is the oracle; it has its own tests against autograd."""
+    c, n, start, stop = 60, 40, 10, 50
+    k = stop - start
+    w = random(c, d, seed=1)
+    ids = torch.arange(0, 2 * c, 2, device=DEVICE) if written == "to sampled rows" else None
+    w = random(2 * c, d, seed=1) if ids is not None else w
+    product = None if extras == "no product" else random(k, d, seed=2)
+    row = torch.arange(n, device=DEVICE) * 7 % c % 20  # several samples a row, some rows outside the chunk
+    row[::6] = -1
+    shares = (
+        [] if extras == "product only" else [Shares(row, random(n, d, seed=3)), Shares(row + 20, random(n, d, seed=4))]
+    )
+    all_of_it = extras == "everything"
+    norm_shares = Shares(row, random(n, d, seed=5)) if all_of_it else None
+    mean = (random(k, seed=6), random(d, seed=7)) if all_of_it else None
+    factor = torch.tensor(0.25, device=DEVICE) if all_of_it else None
+
+    def double(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, Shares):
+            return Shares(value.row, value.along.double())
+        return None if value is None else type(value)(double(item) for item in value)
+
+    results = []
+    for ops in (torch_ops, triton_ops):
+        cast = double if ops is torch_ops else lambda value: value
+        source, a = cast(w), cast(None if product is None else product.clone())
+        buffers = (cast(unwritten(k, d)), cast(unwritten(k, d)))
+        prepared = ops.prepare_rows(source, ids, start, stop, unit, *(buffers[:1] * 2))
+        if written == "in place" and a is not None:
+            out, scratch = a, a
+        else:
+            out, scratch = cast(unwritten(*(w.shape if ids is not None else (k, d)))), cast(unwritten(k, d))
+        place = None if ids is None else ids[start:stop]
+        ops.finish_rows(
+            a, scratch, prepared, start, cast(shares), cast(norm_shares), cast(mean), cast(factor), out, place
+        )
+        results.append(out)
+    inverse = float(1.0 / w.norm(dim=1).min()) if unit else 1.0
+    close(results[1], results[0], size=32.0, floor=inverse)
+    if ids is not None:
+        assert results[1].isnan().any(dim=1).sum() == len(w) - k
+
+
+@dtypes
+def test_finish_rows_writes_the_gradient_in_the_weights_dtype(dtype: torch.dtype) -> None:
+    w, a = random(30, 24, seed=1, dtype=dtype), random(30, 24, seed=2, dtype=dtype)
+    prepared = triton_ops.prepare_rows(w, None, 0, 30, True, unwritten(30, 24, dtype=dtype), None)
+    out = unwritten(30, 24, dtype=dtype)
+    triton_ops.finish_rows(a, a, prepared, 0, [], None, None, None, out, None)
+    norm = w.double().norm(dim=1, keepdim=True)
+    unit = w.double() / norm
+    close(out, (a.double() - unit * (unit * a.double()).sum(dim=1, keepdim=True)) / norm, dtype)
+
+
+# -- what the kernels have in common -----------------------------------------------------------------------------
+
+
+def loss_and_gradients(n: int, d: int, c: int, margin: tm.Margin, dtype: torch.dtype = torch.float32, **options: Any):
+    x, w = random(n, d, seed=1, dtype=dtype).requires_grad_(), random(c, d, seed=2, dtype=dtype).requires_grad_()
+    target = torch.arange(n, device=DEVICE) * 5 % c
+    loss = tm.margin_cross_entropy(x, w, target, margin, **{"chunk_bytes": 1, **options})
+    return loss.detach(), *torch.autograd.grad(loss, (x, w))
+
+
+def with_tiles(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+    real = tiles.pick_tiles
+    monkeypatch.setattr(triton_ops, "pick_tiles", lambda *given: real(*given)._replace(**changed))
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("programs", [0, 1, 3])
+def test_grids_and_loads_change_nothing(monkeypatch: pytest.MonkeyPatch, programs: int, descriptors: bool) -> None:
+    if descriptors and MACHINE == "interpreter":
+        pytest.skip("the pointers are the interpreter's path")
+    found = []
+    for changed in ({"programs": 0, "descriptors": False}, {"programs": programs, "descriptors": descriptors}):
+        with_tiles(monkeypatch, block_n=16, block_c=32, **changed)
+        found.append(loss_and_gradients(40, 24, 70, tm.Softmax()))
+    for ours, other in zip(*found, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("d", [16, 17])
+def test_descriptors_only_where_lines_are_aligned(d: int) -> None:
+    x = random(20, d, seed=1)
+    assert triton_ops.can_describe(x) == (d == 16)
+    assert not triton_ops.can_describe(random(20, 32, seed=1)[:, 1:17])
+    assert not triton_ops.can_describe(random(20, 32, seed=1).t())
+
+
+@pytest.mark.parametrize("setting", ["highest", "high"])
+def test_float32_products_follow_torchs_setting(setting: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        x, rows, target = operands(20, 40, 64, torch.float32)
+        assert triton_ops.precision(torch.float32) == ("ieee" if setting == "highest" else "tf32")
+        run = running(20, 40, x)
+        triton_ops.reduce_chunk(rows, x, None, target, 3, False, unwritten_tile(20, 40, x.dtype), x, False, run)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    z = logits(x, rows, None, target, 3)
+    error = (run.hardest.amax(dim=0).double() - z.amax(dim=1)).abs().max()
+    assert error < (2e-6 if setting == "highest" else 3e-3)
+    if TTSEM and setting == "high":
+        assert error > 1e-5  # operands of 10 bits
+
+
+@pytest.mark.parametrize("asks", ["rest", "hinge", "hardest"])
+def test_nothing_waits_for_the_device(asks: str) -> None:
+    """The stream reads no number back and no size depends on data, so a step can be captured in a CUDA graph."""
+    x, w = random(20, 16, seed=1).requires_grad_(), random(70, 16, seed=2).requires_grad_()
+    target = torch.arange(20, device=DEVICE)
+    threshold = random(20, seed=3) if asks == "hinge" else None
+
+    def step() -> None:
+        out = stream(
+            x, w, target, class_ids=torch.arange(70, device=DEVICE), bias=None, class_weight=None,
+            threshold=threshold, unit=True, bounded=asks == "rest",
+            want_rest=asks == "rest", want_hardest=asks == "hardest", sparse=False, dtype=torch.float32, chunk_bytes=1,
+            retain_bytes=0, backend="triton",
+        )  # fmt: skip
+        value = {"rest": out.rest, "hinge": out.hinge, "hardest": out.hardest_product}[asks]
+        (value + out.target_product + out.target_norm).sum().backward()
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    assert x.grad.isfinite().all()
+    names = {event.name() for event in profiler.profiler.kineto_results.events()}
+    assert "tritonmargin::stream_backward" in names
+    waits = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::_unique2", "aten::masked_select"}
+    assert not names & waits
+
+
+def test_a_step_captured_in_a_graph() -> None:
+    if MACHINE != "cuda":
+        pytest.skip("graphs need a GPU")
+    x, w = random(40, 64, seed=1).requires_grad_(), random(500, 64, seed=2).requires_grad_()
+    target = torch.arange(40, device=DEVICE) * 5 % 500
+    expected = loss_and_gradients(40, 64, 500, tm.ArcFace())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        tm.margin_cross_entropy(x, w, target, tm.ArcFace(), chunk_bytes=1).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    x.grad = w.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = tm.margin_cross_entropy(x, w, target, tm.ArcFace(), chunk_bytes=1)
+        loss.backward()
+    graph.replay()
+    for ours, other in zip((loss.detach(), x.grad, w.grad), expected, strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_what_changes_from_step_to_step_compiles_nothing(pytestconfig: pytest.Config) -> None:
+    """Scale, margin, number of samples and of classes, sampled rows: the same compiled kernels."""
+    if MACHINE == "interpreter":
+        pytest.skip("nothing is compiled")
+
+    def compiled() -> int:
+        if TTSEM:
+            return pytestconfig.ttsem_modules()
+        return sum(
+            len(cache[0])
+            for kernel in (triton_ops.prepare_kernel, triton_ops.tile_kernel, triton_ops.finish_kernel)
+            for cache in kernel.device_caches.values()
+        )
+
+    def step(n: int, c: int, s: float, m: float, ids: Tensor | None) -> None:
+        for margin in (tm.ArcFace(s=s, m=m), tm.Softmax()):
+            loss_and_gradients(n, 32, c, margin, class_ids=ids)
+
+    everything = torch.arange(0, 200, device=DEVICE)
+    step(40, 200, 16.0, 0.3, None)
+    step(40, 200, 16.0, 0.3, everything)
+    before = compiled()
+    step(33, 311, 30.0, 0.1, None)
+    step(48, 200, 8.0, 0.5, everything)
+    step(17, 1025, 64.0, 0.0, None)
+    assert compiled() == before
+
+
+# -- the checks find what they are there for ---------------------------------------------------------------------
+
+
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
+    """The kernels with one mistake in them, in use."""
+    source = inspect.getsource(triton_ops)
+    assert source.count(old) == 1, f"{source.count(old)} times in the source: {old}"
+    path = tmp_path / "broken_ops.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("broken_ops", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    load: Callable[[str], ModuleType] = lambda name: module  # noqa: E731
+    for user in (walk, kernels):
+        monkeypatch.setattr(user, "load_backend", load)
+    monkeypatch.setattr("tritonmargin.stream.load_backend", load)
+    return module
+
+
+MISTAKES = {
+    "a store without its mask": (
+        "tl.store(inverse + row, scale, mask=inside)", "tl.store(inverse + row, scale)", "past the end",
+    ),
+    "a load without its mask": (
+        "own = tl.load(target + sample, mask=sample < n, other=-1) - start",
+        "own = tl.load(target + sample) - start", "past the end",
+    ),
+    "two programs on one slot": (
+        "own = slot.to(tl.int64) * n + sample", "own = 0 * slot.to(tl.int64) * n + sample", "program instances",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_ttsem_stops_at(
+    mistake: str, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    from ttsem.sanitize import KernelFault
+
+    old, new, message = MISTAKES[mistake]
+    broken(tmp_path, monkeypatch, old, new)
+    with pytest.raises(KernelFault, match=message):
+        loss_and_gradients(5, 16, 197, tm.CosFace(s=8.0), class_ids=torch.arange(197), chunk_bytes=10**6)
+
+
+def test_memory_that_nobody_wrote_is_not_a_number(ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(tmp_path, monkeypatch, "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)",
+           "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask & (column > 0)[None, :])")  # fmt: skip
+    _, dx, dw = loss_and_gradients(5, 16, 70, tm.CosFace(s=8.0))
+    assert dx.isnan().any()
+    assert dw.isnan().any()
+
+
+@pytest.mark.parametrize("kernel", ["reduce", "weigh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_memory_fits(kernel: str, dtype: torch.dtype, ttsem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a real width, against the card's limit; and a tile that needs more is stopped."""
+    from triton.runtime.errors import OutOfResources
+
+    target = int(MACHINE.removeprefix("ttsem-"))
+    monkeypatch.setattr(ttsem, "shared_limit", (target, 166_912 if target == 80 else 232_448))
+    x, rows, own = operands(129, 130, 512, dtype)
+    tile = unwritten_tile(129, 130, dtype)
+
+    def launch() -> None:
+        if kernel == "reduce":
+            triton_ops.reduce_chunk(rows, x, None, own, 0, False, tile, tile, False, running(129, 130, x))
+        else:
+            triton_ops.weigh_chunk(rows, x, None, own, 0, "exp", own.float(), tile, tile, None, None)
+
+    launch()
+    assert not ttsem.shared_unknown
+    with_tiles(monkeypatch, block_n=128, block_c=256, block_d=128, stages=6)
+    with pytest.raises(OutOfResources, match="shared memory"):
+        launch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("narrow", [False, True], ids=["64 bits", "32 bits"])
+def test_rows_past_2_to_the_31(narrow: bool, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer of 2^31 + 2^20 elements of one byte; with 32 bits its last rows are read before its start."""
+    d, c = 1 << 10, (1 << 21) + (1 << 10)
+    module = triton_ops
+    if narrow:
+        module = broken(tmp_path, monkeypatch, "row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)\n"
+                        "    d = tl.arange(0, BLOCK_D)\n    inside = row < k\n"
+                        "    mask = inside[:, None] & (d < D)[None, :]\n    w = load_rows",
+                        "row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)\n"
+                        "    d = tl.arange(0, BLOCK_D)\n    inside = row < k\n"
+                        "    mask = inside[:, None] & (d < D)[None, :]\n    w = load_rows")  # fmt: skip
+    w = torch.zeros(c, d, dtype=torch.int8, device=DEVICE)
+    w[-3:] = torch.arange(1, d + 1, device=DEVICE).remainder(7).to(torch.int8)
+    ids = torch.tensor([0, 1, c - 3, c - 2, c - 1], device=DEVICE)
+    found = module.prepare_rows(w, ids, 0, 5, False, unwritten(8, d), None)
+    close(found.rows, w[ids].float())
+
+
+def test_every_combination_has_a_tile() -> None:
+    for target, dtype, n, d, k in itertools.product(
+        ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"), (torch.float32, torch.float16, torch.bfloat16),
+        (1, 16, 17, 1000), (1, 17, 64, 512, 1024), (1, 63, 8192),
+    ):  # fmt: skip
+        tile = tiles.pick_tiles(target, dtype, n, d, k)
+        assert tile.block_n >= 16
+        assert all(size & (size - 1) == 0 for size in tile[:3])
