@@ -9,11 +9,24 @@ WORKERS ?= auto
 demo: $(VENV)/demo.done
 	$(BIN)/python -m examples.glyphs $(ARGS)
 
+# The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+KERNELS := tests/test_kernels.py
+
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" $(KERNELS) tests/test_functional.py tests/test_op.py tests/test_failures.py
+	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" $(KERNELS)
+	TRITONMARGIN_TESTS=ttsem-100 $(PYTEST) -m "not slow" $(KERNELS)
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
 
 test-all: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
+	for machine in ttsem-80 ttsem-90 ttsem-100; do \
+		TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_functional.py tests/test_op.py \
+			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py || exit 1; \
+	done
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -33,6 +46,9 @@ $(BIN)/python:
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'tritonmargin needs Python 3.11 or later'"
 	$(PYTHON) -m venv $(VENV)
 
+# ttsem executes kernels without a GPU. Its metadata asks for Python 3.12, its code for 3.11; numpy is all it needs.
+EXECUTED := --ignore-requires-python ttsem==0.1.0 liger-kernel==0.8.5
+
 # The tests run the demo and the perf suite at tiny sizes, so they need their extras too.
 $(VENV)/test.done: EXTRAS := test,perf,demo
 $(VENV)/demo.done: EXTRAS := demo
@@ -42,4 +58,5 @@ $(VENV)/mutants.done: EXTRAS := mutants
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	if [ $* = test ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(EXECUTED); fi
 	touch $@

@@ -8,5 +8,9 @@ memory.py     the peak of one row, in a process of its own
 bounds.py     what the rows promise
 audit.py      counted flops and bytes (counts.py) against measured rates (rates.py): what bounds a row
 report.py     the page and the plots from the CSVs
+kernels.py    the Triton kernels compiled for GPUs that need not be here (compiled.py), what bounds them (static.py with
+              the published rates of gpus.py), and a step predicted
+tune.py       the table of tiles from the same
+counted.py    bytes and flops counted while the kernels execute on the CPU, beside Liger-Kernel's
 plan.py       chunk size and memory for given sizes
 """

@@ -97,6 +97,61 @@ def report_command(
 
 @app.command("audit")
 def audit_command(
+    out: Out = Path("reports"),
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32; default: all")] = None,
+    width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
+) -> None:
+    """Compile the Triton kernels for GPUs that need not be here, read the code, predict a step, check budgets."""
+    from perf import kernels
+    from perf.gpus import GPUS
+
+    targets, dtypes = tuple(target or kernels.TARGETS), tuple(dtype or kernels.DTYPES)
+    with saying() as say:
+        frame = kernels.audit(say, targets, dtypes, tuple(width or kernels.WIDTHS))
+        predicted = pd.concat([kernels.predict(GPUS[name]) for name in targets], ignore_index=True)
+    rules = kernels.budgets(frame)
+    boxed(rules.assign(met=rules["met"].map({True: "yes", False: "NO"})), "budgets")
+    shown = predicted[["target", "schedule", "predicted_ms", "predicted_fraction_of_peak", "times_the_floor"]]
+    boxed(shown.round(3), "a step, predicted: N=1024, D=512, C=1,000,000, bfloat16")
+    console.print(f"wrote {kernels.write(frame, predicted, out)}", highlight=False)
+    raise typer.Exit(0 if rules["met"].all() else 1)
+
+
+@app.command("tune")
+def tune_command(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32; default: both")] = None,
+    device: Annotated[str, typer.Option(help="cuda: measure on this machine's GPU instead")] = "none",
+    out: Annotated[Path | None, typer.Option(help="also write every candidate to this CSV")] = None,
+) -> None:
+    """Search the tiles of the Triton kernels, and write the best to tritonmargin/kernels/tiles.json."""
+    from perf import tune
+    from perf.gpus import GPUS
+
+    dtypes = dtype or list(tune.DTYPES)
+    with saying() as say:
+        predicted = device == "none"
+        frame = tune.tune(target or list(GPUS), dtypes, say) if predicted else tune.tune_here(dtypes, say)
+    if out:
+        frame.to_csv(out, index=False)
+    typer.echo(f"wrote {tune.TABLE}")
+
+
+@app.command("counted")
+def counted_command(out: Out = Path("reports")) -> None:
+    """Execute our kernels and Liger-Kernel's on the CPU and count what they load, store and multiply."""
+    from perf import counted
+
+    frame = counted.table()
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / "counted.csv", index=False)
+    boxed(frame.T.reset_index().map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "counted")
+    console.print(f"wrote {out / 'counted.csv'}", highlight=False)
+
+
+@app.command("roofline")
+def roofline_command(
     n: N = 256,
     d: D = 512,
     c: C = 131_072,

@@ -531,6 +531,7 @@ def test_shared_memory_fits(kernel: str, dtype: torch.dtype, ttsem: Any, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("narrow", [False, True], ids=["64 bits", "32 bits"])
 def test_rows_past_2_to_the_31(narrow: bool, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer of 2^31 + 2^20 elements of one byte; with 32 bits its last rows are read before its start."""
@@ -548,6 +549,28 @@ def test_rows_past_2_to_the_31(narrow: bool, ttsem: Any, tmp_path: Path, monkeyp
     ids = torch.tensor([0, 1, c - 3, c - 2, c - 1], device=DEVICE)
     found = module.prepare_rows(w, ids, 0, 5, False, unwritten(8, d), None)
     close(found.rows, w[ids].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_liger_agrees_and_moves_what_was_counted(dtype: torch.dtype, ttsem: Any) -> None:
+    """Plain softmax on the same tensors, and the bytes that our kernels move are those of the formula."""
+    pytest.importorskip("liger_kernel")
+    from perf.counted import compare
+
+    ours, other = compare(n=32, d=32, c=300, dtype=dtype).to_dict("records")
+    for name in ("loss", "dx", "dw"):
+        error = ours[f"error of {name}"]
+        assert error <= 2.0 * other[f"error of {name}"] + (1e-6 if dtype == torch.float32 else 2e-3)
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    # Rows that are not normalised are W itself; both walks make tiles; backward stores its share and the gradient.
+    item, tile = dtype.itemsize, triton_ops.tiles_for(random(32, 32, seed=1, dtype=dtype), 300)
+    slots, columns = -(-300 // tile.block_c), -(-300 // 16) * 16
+    assert ours["flops of products in kernels"] == 2 * 2 * (
+        -(-32 // tile.block_n) * tile.block_n
+    ) * slots * tile.block_c * (-(-32 // tile.block_d) * tile.block_d)
+    assert ours["flops of products in torch"] == 2 * 2 * 32 * 32 * 300
+    stored = 32 * 4 * slots * 2 + 32 * columns * item + 300 * 32 * item
+    assert ours["bytes stored by kernels"] == stored
 
 
 def test_every_combination_has_a_tile() -> None:

@@ -396,10 +396,10 @@ def test_wrong_names_are_told(tmp_path: Path) -> None:
         _ = Problem(1, 1, 1, "float31").torch_dtype
 
 
-def test_plan_and_audit_commands() -> None:
+def test_plan_and_roofline_commands() -> None:
     made = CliRunner().invoke(app, ["plan", "--c", "1000000", "--d", "128", "--memory", "4000"])
     assert made.exit_code == 0, made.output
     assert "retain_bytes=1024000000" in made.output
-    audited = CliRunner().invoke(app, ["audit", "--n", "8", "--d", "8", "--c", "200", "--rounds", "1"])
+    audited = CliRunner().invoke(app, ["roofline", "--n", "8", "--d", "8", "--c", "200", "--rounds", "1"])
     assert audited.exit_code == 0, audited.output
     assert "what bounds the rows" in audited.output

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tritonmargin.kernels import load_backend
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
-from tritonmargin.walk import Walk, chunk_classes, retained_classes
+from tritonmargin.walk import Walk, chunk_of, retained_classes
 
 
 class Streamed(NamedTuple):
@@ -140,7 +140,8 @@ def _(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n, d = x.shape
     classes = weight.shape[0] if class_ids is None else class_ids.shape[0]
-    chunk = chunk_classes(n, d, classes, chunk_bytes)
+    ops = load_backend(backend)
+    chunk = chunk_of(ops, x, dtype, classes, chunk_bytes)
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(
         rest=x.new_empty(n if want_rest else 0),
@@ -153,7 +154,7 @@ def _(  # type: ignore[no-untyped-def]
         hardest_row=target.new_empty(n if want_hardest else 0),
         total=x.new_empty(n if bounded and want_rest else 0),
         mean_row=x.new_empty(0 if class_weight is None else d),
-        retained=load_backend(backend).new_tile(x, kept, dtype),
+        retained=ops.new_tile(x, kept, dtype),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ def chunk_classes(n: int, d: int, classes: int, chunk_bytes: int) -> int:
     per_class = (n + 2 * d) * 4
     chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
     return max(1, min(classes, max(64, chunk // 64 * 64)))
+
+
+def chunk_of(ops: ModuleType, x: Tensor, dtype: torch.dtype, classes: int, chunk_bytes: int) -> int:
+    """How many classes a backend walks at a time: by the budget, if there is one, or by its own model."""
+    n, d = x.shape
+    if chunk_bytes or not ops.FUSED:
+        return chunk_classes(n, d, classes, chunk_bytes)
+    return max(1, min(classes, ops.chunk_for(x, dtype)))
 
 
 @functools.cache
@@ -66,7 +75,7 @@ class Walk:
         self.class_ids = None if class_ids is None else class_ids.contiguous()
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
-        self.chunk = chunk_classes(self.n, self.d, self.classes, chunk_bytes)
+        self.chunk = chunk_of(self.ops, x, dtype, self.classes, chunk_bytes)
         self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
         if self.ops.FUSED:
             self.x = self.x.contiguous()

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmargin.kernels.tiles import Tiles, pick_tiles, row_block, target_of
+from tritonmargin.kernels.tiles import Tiles, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
 from tritonmargin.kernels.variants import (
     exp_term,
@@ -123,7 +123,8 @@ def tile_kernel(
         sample = first_n + tl.arange(0, BLOCK_N)
         column = first_c + tl.arange(0, BLOCK_C)
         place = sample[:, None].to(tl.int64) * stride_tile + column[None, :]
-        mask = (sample < n)[:, None] & (column < k)[None, :]
+        # Lines of a tile have room for a multiple of 16 classes: whole vectors are stored.
+        mask = (sample < n)[:, None] & (column < (k + 15) // 16 * 16)[None, :]
         if READY:
             z = tl.load(tile + place, mask=mask, other=-float("inf")).to(tl.float32)
         else:
@@ -131,8 +132,13 @@ def tile_kernel(
                         BLOCK_C, BLOCK_D)  # fmt: skip
             if bias is not None:
                 z += tl.load(bias + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
+            # Few tiles hold a target or an edge: the others are spared a comparison per element.
             own = tl.load(target + sample, mask=sample < n, other=-1) - start
-            z = tl.where((own[:, None] == column[None, :]) | (column >= k)[None, :], -float("inf"), z)
+            own = tl.where((own >= first_c) & (own < first_c + BLOCK_C), own, -1).to(tl.int32)
+            if tl.max(own, axis=0) >= 0:
+                z = tl.where(own[:, None] == column[None, :], -float("inf"), z)
+            if first_c + BLOCK_C > k:
+                z = tl.where((column < k)[None, :], z, -float("inf"))
         EPILOGUE(z, sample, column, slot, first_n // BLOCK_N, start, n, k, tile, place, mask, numbers, out, OPTIONS)
 
 
@@ -305,8 +311,13 @@ def launch(
 
 
 def tiles_for(x: Tensor, k: int) -> Tiles:
-    (target, processors), (n, d) = target_of(x), x.shape
-    return pick_tiles(target, x.dtype, n, d, k, processors)
+    device, (n, d) = device_of(x), x.shape
+    return pick_tiles(device.target, x.dtype, n, d, k, device.processors)
+
+
+def chunk_for(x: Tensor, dtype: torch.dtype) -> int:
+    """How many classes to walk at a time."""
+    return default_chunk(device_of(x), dtype, *x.shape)
 
 
 def slots(x: Tensor, chunk: int) -> int:

@@ -1,0 +1,183 @@
+"""Kernels compiled for a GPU that is not there, and what their machine code says.
+
+Inside `compiling_for(target)` a launch compiles its kernel for that target, with exactly the specialisation that its
+arguments ask for, and does not run; the list it yields holds what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tritonmargin.kernels import triton_ops
+from tritonmargin.kernels.tiles import Device
+
+
+class Instructions(NamedTuple):
+    """Instructions of one program, of each kind: those of its innermost loop with a matrix product, and all others.
+
+    That loop is the one over D, or the one over tiles where the compiler unrolled the one over D.
+    """
+
+    loop: Counter[str]
+    rest: Counter[str]
+
+    @property
+    def unrolled(self) -> bool:
+        return self.loop["exp2"] > 0
+
+    def per_tile(self, rounds: int) -> Counter[str]:
+        """How many are executed for a tile whose sum over D takes so many rounds."""
+        times = 1 if self.unrolled else rounds
+        return self.rest + Counter({kind: count * times for kind, count in self.loop.items()})
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    target: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]  # the constants and options of the launch
+    registers: int
+    spills: int  # bytes of local memory, or registers on AMD
+    shared: int  # bytes
+    instructions: Instructions
+
+    @property
+    def threads(self) -> int:
+        return self.options["num_warps"] * (64 if self.target.startswith("gfx") else 32)
+
+
+class _Elsewhere:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        if self.target.startswith("gfx"):
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        return self.target  # what compiled kernels are kept by
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(target: str, processors: int = 132, cache: int = 50 << 20) -> Iterator[list[Compiled]]:
+    """Launches of Triton kernels compile for `target` and do not run."""
+    found: list[Compiled] = []
+    run, device_of, driver = JITFunction.run, triton_ops.device_of, triton.runtime.driver
+    active = getattr(driver, "_active", None)  # asking the public property would look for a GPU
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        found.append(read(compiled, self.fn.__name__, target, grid, options))
+        return compiled
+
+    JITFunction.run = compile_only
+    triton_ops.device_of = lambda tensor: Device(target, processors, cache)
+    driver.set_active(_Elsewhere(target))
+    try:
+        yield found
+    finally:
+        JITFunction.run, triton_ops.device_of = run, device_of
+        driver._active = active
+
+
+def read(compiled: Any, kernel: str, target: str, grid: tuple[int, ...], options: dict[str, Any]) -> Compiled:
+    """Registers, spills, shared memory and instructions of one compiled kernel."""
+    kept = {"num_warps": 4, "num_stages": 3} | options
+    if target.startswith("gfx"):
+        registers, spills, code = read_amd(compiled.asm["amdgcn"])
+    else:
+        registers, spills, code = read_nvidia(compiled.asm["cubin"])
+    return Compiled(kernel, target, grid, kept, registers, spills, compiled.metadata.shared, code)
+
+
+@functools.lru_cache(maxsize=4096)
+def read_nvidia(cubin: bytes) -> tuple[int, int, Instructions]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+    registers = int(re.search(r"REG:(\d+)", usage.stdout)[1])
+    spills = int(re.search(r"LOCAL:(\d+)", usage.stdout)[1]) + int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);", listing.stdout)
+    places = [int(place, 16) for place, _, _ in lines]
+    jumps = [
+        (int(found[1], 16), place)
+        for place, (_, name, operands) in zip(places, lines, strict=True)
+        if name.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    return registers, spills, split(places, [nvidia_kind(name) for _, name, _ in lines], jumps)
+
+
+def nvidia_kind(name: str) -> str:
+    """What an instruction counts as."""
+    return next((kind for prefix, kind in NVIDIA if name.startswith(prefix)), "other")
+
+
+NVIDIA = [
+    ("HGMMA", "HGMMA"), ("HMMA", "HMMA"), ("UTC", "UTCMMA"), ("UTMALDG", "UTMALDG"), ("LDGSTS", "cp.async"),
+    ("MUFU.EX2", "exp2"), ("MUFU", "special"), ("LDL", "spill"), ("STL", "spill"), ("LDS", "shared"), ("STS", "shared"),
+    ("LDTM", "tensor memory"), ("STTM", "tensor memory"), ("LDG", "global"), ("STG", "global"), ("NOP", "nop"),
+]  # fmt: skip
+AMD = [
+    ("v_mfma", "mfma"), ("v_exp_f32", "exp2"), ("v_log", "special"), ("v_rcp", "special"), ("v_sqrt", "special"),
+    ("scratch_", "spill"), ("ds_", "shared"), ("buffer_load", "global"), ("buffer_store", "global"),
+    ("global_", "global"), ("s_", "scalar"),
+]  # fmt: skip
+MATRIX = ("HGMMA", "HMMA", "UTCMMA", "mfma")
+
+
+def read_amd(text: str) -> tuple[int, int, Instructions]:
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    places, kinds, labels, jumps = [], [], {}, []
+    for place, line in enumerate(text.splitlines()):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = place
+        elif instruction := re.match(r"\s+([a-z]\w+)(.*)", line):
+            places.append(place)
+            kinds.append(next((kind for prefix, kind in AMD if instruction[1].startswith(prefix)), "other"))
+            if instruction[1].startswith(("s_cbranch", "s_branch")):
+                jumps.append((instruction[2].split(";")[0].strip(), place))
+    return registers, spills, split(places, kinds, [(labels[to], at) for to, at in jumps if to in labels])
+
+
+def split(places: list[int], kinds: list[str], jumps: list[tuple[int, int]]) -> Instructions:
+    """The loop is the shortest one that holds a matrix instruction, if any does.
+
+    Left out: what a forward jump passes over, if it holds neither products nor exps. That is the masking at targets and
+    at edges, which few tiles have.
+    """
+    work = [place for place, kind in zip(places, kinds, strict=True) if kind in (*MATRIX, "exp2")]
+    around = [(at, to) for to, at in jumps if to > at and not any(at < place < to for place in work)]
+    matrix = [place for place, kind in zip(places, kinds, strict=True) if kind in MATRIX]
+    loops = [(at - to, to, at) for to, at in jumps if to < at and any(to <= place <= at for place in matrix)]
+    _, first, last = min(loops, default=(0, -1, -1))
+    loop, rest = Counter[str](), Counter[str]()
+    for place, kind in zip(places, kinds, strict=True):
+        if any(at < place < to for at, to in around):
+            continue
+        (loop if first <= place <= last else rest)[kind] += 1
+    return Instructions(loop, rest)

@@ -1,0 +1,57 @@
+"""Published numbers of the GPUs that the kernels are compiled for. Nothing here was measured by us.
+
+Sources: NVIDIA A100 whitepaper (2020) and CUDA C++ programming guide, tables of throughput per multiprocessor and of
+compute capabilities; NVIDIA H100 whitepaper (2022), SXM5 column; NVIDIA Blackwell B200 datasheet and architecture
+brief (2024/2025); NVIDIA Ada whitepaper (2022), RTX 4090; AMD CDNA 3 whitepaper and MI300X datasheet (2023). Rates are
+dense (no sparsity), per clock and processor, at the boost clock for which the vendor quotes its peak.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    name: str
+    target: str  # as tritonmargin.kernels.tiles names it
+    processors: int  # SMs or CUs
+    clock: float  # Hz, boost
+    bfloat16: int  # flops per clock and processor on the matrix units, float16 alike
+    tf32: int
+    float32: int  # flops of the vector lanes
+    special: int  # exp2 per clock and processor
+    issue: int  # instructions per clock and processor, counted once for each of their threads
+    shared: int  # bytes of shared memory that a block may have
+    shared_total: int  # bytes that all blocks of a processor share
+    shared_bandwidth: int  # bytes per clock and processor
+    registers: int  # 32-bit registers of a processor
+    threads: int  # resident threads of a processor
+    cache: int  # bytes of the cache that all processors share
+    memory: float  # bytes per second
+
+    def matrix_rate(self, dtype: str, precision: str = "ieee") -> int:
+        """Flops per clock and processor of `tl.dot`."""
+        if dtype == "float32":
+            return self.tf32 if precision == "tf32" else self.float32
+        return self.bfloat16
+
+    def peak(self, dtype: str, precision: str = "ieee") -> float:
+        """Flops per second."""
+        return self.matrix_rate(dtype, precision) * self.processors * self.clock
+
+
+GPUS = {
+    gpu.target: gpu
+    for gpu in (
+        Gpu("A100 SXM 80 GB", "sm_80", 108, 1.41e9, 2048, 1024, 128, 16, 128, 166_912, 167_936, 128, 65_536, 2048,
+            40 << 20, 2.039e12),
+        Gpu("H100 SXM", "sm_90", 132, 1.83e9, 4096, 2048, 256, 16, 128, 232_448, 233_472, 128, 65_536, 2048,
+            50 << 20, 3.35e12),
+        Gpu("B200", "sm_100", 148, 1.85e9, 8192, 4096, 256, 16, 128, 232_448, 233_472, 128, 65_536, 2048,
+            126 << 20, 8.0e12),
+        Gpu("RTX 4090", "sm_89", 128, 2.52e9, 512, 256, 256, 16, 128, 101_376, 102_400, 128, 65_536, 1536,
+            72 << 20, 1.008e12),
+        Gpu("MI300X", "gfx942", 304, 2.1e9, 2048, 1024, 256, 16, 64, 65_536, 65_536, 128, 131_072, 2048,
+            256 << 20, 5.3e12),
+    )
+}  # fmt: skip

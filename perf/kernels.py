@@ -1,0 +1,331 @@
+"""`python -m perf audit`: the kernels as machine code, what bounds them, and the predicted time of a step.
+
+Every kernel is compiled for every target, dtype and width as the stream would launch it; nothing runs. The tables say
+what was compiled, what a tile keeps busy for how long (perf/static.py), and what a step should take, beside other
+schedules with the same model. Whatever is called predicted was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from perf import static
+from perf.compiled import MATRIX, Compiled, compiling_for
+from perf.gpus import GPUS, Gpu
+from tritonmargin.kernels import tiles, triton_ops
+from tritonmargin.kernels.torch_ops import Running, Shares
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTHS = (64, 128, 256, 512, 1024)
+N, C, D = 1024, 1_000_000, 512  # of the predicted step
+
+
+class Size(NamedTuple):
+    """What a chunk is."""
+
+    n: int
+    d: int
+    k: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+
+def chunk_of(gpu: Gpu, dtype: str, n: int, d: int) -> int:
+    device = tiles.Device(gpu.target, gpu.processors, gpu.cache)
+    return tiles.default_chunk(device, DTYPES[dtype], n, d)
+
+
+def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N) -> dict[str, Compiled]:
+    """The kernels of a normalised loss, by name; logits bounded."""
+    kind = DTYPES[dtype]
+    k = chunk_of(gpu, dtype, n, d)
+    x, w, rows = (torch.empty(size, d, dtype=kind) for size in (n, k, k))
+    target = torch.zeros(n, dtype=torch.int64)
+    found: dict[str, Compiled] = {}
+    with compiling_for(gpu.target, gpu.processors, gpu.cache) as compiled:
+        prepared = triton_ops.prepare_rows(w, None, 0, k, True, rows, None)
+        found["prepare_rows"] = compiled[-1]
+        tile = triton_ops.new_tile(x, k, kind)
+        run = Running(total=torch.zeros(triton_ops.slots(x, k), n))
+        triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)
+        found["reduce_chunk"] = compiled[-1]
+        triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
+        found["weigh_chunk"] = compiled[-1]
+        shares = [Shares(target, torch.empty(n, d))]
+        triton_ops.finish_rows(rows, rows, prepared, 0, shares, None, None, torch.ones(()), w, None)
+        found["finish_rows"] = compiled[-1]
+    return found
+
+
+def launch_bytes(kernel: str, size: Size, slots: int) -> int:
+    """What one launch has to read and write, every tensor once, wherever it lies."""
+    n, d, k, _ = size
+    item = size.itemsize
+    x, rows, tile, numbers = n * d * item, k * d * item, n * k * item, 4 * n
+    return {
+        "prepare_rows": rows + rows + 4 * k,  # W, unit rows, 1/|w|
+        "reduce_chunk": x + rows + 8 * n + 2 * numbers * slots,  # targets, sums read and written
+        "weigh_chunk": x + rows + 8 * n + numbers + tile,
+        "finish_rows": 3 * rows + 4 * k + n * (8 + 4 * d),  # A, W, dW, 1/|w|, the targets' shares
+    }[kernel]
+
+
+def main_memory_bytes(kernel: str, size: Size, gpu: Gpu) -> int:
+    """What of it goes to main memory: W, dW, and the tile where the chunk is larger than the cache."""
+    n, d, k, _ = size
+    item = size.itemsize
+    fits = (n + 2 * d) * k * item <= gpu.cache
+    rows, tile = k * d * item, 0 if fits else n * k * item
+    return {
+        "prepare_rows": rows, "reduce_chunk": 0, "weigh_chunk": tile, "products": 2 * tile, "finish_rows": 2 * rows,
+    }[kernel]  # fmt: skip
+
+
+def launch_flops(kernel: str, size: Size) -> int:
+    n, d, k, _ = size
+    return {
+        "prepare_rows": 3 * k * d, "reduce_chunk": 2 * n * d * k + 2 * n * k, "weigh_chunk": 2 * n * d * k + n * k,
+        "finish_rows": 7 * k * d + n * d,
+    }[kernel]  # fmt: skip
+
+
+def audit(
+    say: Callable[[str], Any] = print,
+    targets: tuple[str, ...] = TARGETS,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    widths: tuple[int, ...] = WIDTHS,
+) -> pd.DataFrame:
+    """One line per kernel, target, dtype and width."""
+    lines = []
+    for target in targets:
+        gpu = GPUS[target]
+        for dtype in dtypes:
+            for d in widths:
+                say(f"audit: {target} {dtype} D={d}")
+                for kernel, compiled in compile_step(gpu, dtype, d).items():
+                    lines.append(line(kernel, compiled, gpu, Size(N, d, chunk_of(gpu, dtype, N, d), dtype)))
+    return pd.DataFrame(lines)
+
+
+def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any]:
+    of, code = compiled.options, compiled.instructions
+    tiled = kernel in ("reduce_chunk", "weigh_chunk")
+    count = math.ceil(size.n / of["BLOCK_N"]) * math.ceil(size.k / of["BLOCK_C"]) if tiled else compiled.grid[0]
+    slots = math.ceil(size.k / of["BLOCK_C"]) if tiled else 0
+    moved = main_memory_bytes(kernel, size, gpu)
+    found: dict[str, Any] = {
+        "target": gpu.target, "dtype": size.dtype, "D": size.d, "N": size.n, "chunk": size.k, "kernel": kernel,
+        "block": "x".join(str(of[name]) for name in ("BLOCK_N", "BLOCK_C", "BLOCK_D") if name in of)
+        if tiled else f"{of['BLOCK_K']}x{of['BLOCK_D']}",
+        "warps": of["num_warps"], "stages": of["num_stages"] if tiled else 1, "registers": compiled.registers,
+        "spills": compiled.spills, "shared_memory": compiled.shared, "blocks": static.blocks(compiled, gpu),
+        "matrix_instructions": sum(code.loop[kind] for kind in MATRIX),
+        "matrix_kind": next((kind for kind in MATRIX if code.loop[kind] or code.rest[kind]), ""),
+        "loads_ahead": next((kind for kind in ("UTMALDG", "cp.async") if code.loop[kind] or code.rest[kind]), ""),
+        "exp2": code.loop["exp2"] + code.rest["exp2"], "spill_instructions": code.loop["spill"] + code.rest["spill"],
+        "launch_bytes": launch_bytes(kernel, size, slots), "main_memory_bytes": moved,
+        "launch_flops": launch_flops(kernel, size), "tiles": count,
+    }  # fmt: skip
+    if not tiled:
+        return found | {"bound_by": "memory", "predicted_us": 1e6 * row_seconds(kernel, size, gpu)}
+    bound = static.tile_bound(compiled, gpu, size.dtype, "ieee", moved / count)
+    cycles = {f"{name}_cycles": getattr(bound, name) for name in bound._fields[:6]}
+    return found | cycles | {
+        "tile_cycles": bound.cycles, "bound_by": bound.largest, "overlapped": bound.blocks >= 2,
+        "predicted_us": 1e6 * tile_seconds(bound, count, gpu),
+    }  # fmt: skip
+
+
+def tile_seconds(bound: static.Bound, count: int, gpu: Gpu) -> float:
+    """Whole waves: the busiest processor has the most tiles."""
+    return math.ceil(count / gpu.processors) * bound.cycles / gpu.clock
+
+
+def row_seconds(kernel: str, size: Size, gpu: Gpu) -> float:
+    """A row-wise kernel moves bytes: to main memory at its rate, inside the cache at about three times that."""
+    moved = main_memory_bytes(kernel, size, gpu)
+    cached = launch_bytes(kernel, size, 0) - moved
+    return moved / gpu.memory + cached / (3 * gpu.memory)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------
+
+
+def budgets(frame: pd.DataFrame) -> pd.DataFrame:
+    """What must hold of the compiled kernels, one line each: met, or where not."""
+    tiled = frame[frame["kernel"].isin(["reduce_chunk", "weigh_chunk"])]
+    low = tiled[tiled["dtype"] != "float32"]
+    wide = low[low["D"] >= 256]
+    tile_bytes = (
+        frame[frame["kernel"] == "weigh_chunk"]["main_memory_bytes"]
+        * 3
+        / (frame[frame["kernel"] == "weigh_chunk"]["N"] * frame[frame["kernel"] == "weigh_chunk"]["chunk"])
+    )
+    rules = [
+        ("no register spills anywhere", frame[(frame["spills"] > 0) | (frame["spill_instructions"] > 0)]),
+        ("matrix units in every tile kernel of 16-bit operands", low[low["matrix_kind"] == ""]),
+        ("matrix units the largest term of a tile at D >= 256", wide[wide["bound_by"] != "matrix"]),
+        ("exp beside the product: two blocks a processor", wide[wide["blocks"] < 2]),
+        ("dL/dz at most 2 bytes per logit through main memory", frame.loc[tile_bytes[tile_bytes > 2].index]),
+    ]
+    return pd.DataFrame([
+        {"budget": name, "met": broken.empty,
+         "where not": "; ".join(sorted({f"{at.target} {at.dtype} D={at.D} {at.kernel}" for at in broken.itertuples()}))}
+        for name, broken in rules
+    ])  # fmt: skip
+
+
+# -- a step, predicted -------------------------------------------------------------------------------------------
+
+
+def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = C) -> pd.DataFrame:
+    """Seconds of a forward and backward by schedule: ours, the floor, three others by their published algorithms."""
+    k = chunk_of(gpu, dtype, n, d)
+    size, chunks = Size(n, d, k, dtype), math.ceil(c / k)
+    compiled = compile_step(gpu, dtype, d, n)
+    sustained = static.SUSTAINED * gpu.peak(dtype)
+    gemm, item = 2.0 * n * d * c, size.itemsize
+    parts = {}
+    for kernel, each in compiled.items():
+        if kernel in ("reduce_chunk", "weigh_chunk"):
+            count = math.ceil(n / each.options["BLOCK_N"]) * math.ceil(k / each.options["BLOCK_C"])
+            bound = static.tile_bound(each, gpu, dtype, "ieee", main_memory_bytes(kernel, size, gpu) / count)
+            parts[kernel] = chunks * tile_seconds(bound, count, gpu)
+        else:
+            parts[kernel] = chunks * row_seconds(kernel, size, gpu)
+    products = max(2 * gemm / sustained, chunks * main_memory_bytes("products", size, gpu) / gpu.memory)
+    ours = 2 * parts["prepare_rows"] + parts["reduce_chunk"] + parts["weigh_chunk"] + products + parts["finish_rows"]
+    launches = 8 * chunks
+    logits, rows = float(n) * c, float(c) * d * item
+    full = 3 * gemm / sustained + (logits * (item * 4 + 4 * 9) + rows * 16) / gpu.memory
+    # Liger: chunks of samples, as few as D / C of them; each passes over all of W, and over its gradient twice.
+    liger_chunk = 1 << max(0, math.ceil(n / math.ceil(c / d)) - 1).bit_length()
+    liger_chunks = math.ceil(n / liger_chunk)
+    liger = max(3 * gemm / sustained, liger_chunks * 4 * rows / gpu.memory) + logits * item * 4 / gpu.memory
+    liger += 6 * rows / gpu.memory
+    # Cut Cross-Entropy: four products, the gradients added to main memory under a lock by blocks of 128 x 128.
+    cut = 4 * gemm / sustained + (logits / 128 * d * 4 * 2 * 2) / (3 * gpu.memory) + 6 * rows / gpu.memory
+    lines = [
+        ("tritonmargin, in a CUDA graph", ours, 4 * gemm),
+        ("tritonmargin, launched one by one", max(ours, launches * static.LAUNCH), 4 * gemm),
+        ("floor: three products at the sustained rate", 3 * gemm / sustained, 3 * gemm),
+        ("full logits, the usual code", full, 3 * gemm),
+        ("Cut Cross-Entropy's schedule, W normalised before", cut, 4 * gemm),
+        ("Liger's schedule, W normalised before", liger, 3 * gemm),
+    ]
+    return pd.DataFrame([
+        {"target": gpu.target, "gpu": gpu.name, "dtype": dtype, "N": n, "D": d, "C": c, "chunk": k, "schedule": name,
+         "predicted_ms": 1e3 * seconds, "predicted_fraction_of_peak": flops / seconds / gpu.peak(dtype),
+         "times_the_floor": seconds / (3 * gemm / sustained)}
+        for name, seconds, flops in lines
+    ])  # fmt: skip
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
+    """kernels.csv, kernels_predicted.csv, kernels.md and two plots."""
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / "kernels.csv", index=False)
+    predicted.to_csv(out / "kernels_predicted.csv", index=False)
+    plot_cycles(frame, out / "kernels_cycles.png")
+    plot_roofline(frame, out / "kernels_roofline.png")
+    rules = budgets(frame)
+    shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == D)]
+    columns = ["target", "kernel", "block", "warps", "stages", "registers", "spills", "shared_memory", "blocks",
+               "matrix_kind", "loads_ahead", "exp2", "matrix_cycles", "exp_cycles", "issue_cycles", "shared_cycles",
+               "bound_by", "predicted_us"]  # fmt: skip
+    text = f"""# The kernels, compiled and costed; not run on a GPU
+
+Written by `python -m perf audit`. Every kernel was compiled by Triton for each target as the stream launches it, and
+read back as machine code. **Nothing here was measured on a GPU**: times are predicted by the model of
+`perf/static.py` from the published rates of `perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak.
+
+## Budgets
+
+{rules.assign(met=rules["met"].map({True: "yes", False: "NO"})).to_markdown(index=False)}
+
+## A forward and backward, predicted: N={N:,}, D={D}, C={C:,}, bfloat16
+
+{predicted.drop(columns=["dtype", "N", "D", "C"]).to_markdown(index=False, floatfmt=".3g")}
+
+The fraction of peak counts the products that a schedule makes: four here and in Cut Cross-Entropy, three elsewhere.
+
+## The kernels at D={D}, bfloat16, N={N:,}, a chunk of classes as the model chooses it
+
+{shown[columns].to_markdown(index=False, floatfmt=".4g")}
+
+All {len(frame)} lines, with bytes and flops of a launch, are in [kernels.csv](kernels.csv).
+
+![cycles of a tile](kernels_cycles.png)
+
+![roofline](kernels_roofline.png)
+"""
+    page = out / "kernels.md"
+    page.write_text(text)
+    return page
+
+
+def plot_cycles(frame: pd.DataFrame, path: Path) -> None:
+    """Cycles that a tile keeps each part of a processor busy, by width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["matrix", "exp", "issue", "shared", "memory"]
+    targets = list(dict.fromkeys(frame["target"]))
+    figure, axes = plt.subplots(2, len(targets), figsize=(3.4 * len(targets), 6), sharex=True, squeeze=False)
+    for row, kernel in enumerate(("reduce_chunk", "weigh_chunk")):
+        for column, target in enumerate(targets):
+            part = frame[(frame["kernel"] == kernel) & (frame["target"] == target) & (frame["dtype"] == "bfloat16")]
+            axis, below = axes[row][column], 0.0
+            for name in names:
+                values = part[f"{name}_cycles"].to_numpy()
+                axis.bar([str(d) for d in part["D"]], values, bottom=below, label=name)
+                below = below + values
+            axis.set_title(f"{kernel}, {target}", fontsize=9)
+            axis.set_xlabel("D")
+    axes[0][0].set_ylabel("cycles of a tile, stacked")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("What a bfloat16 tile keeps busy (static, predicted)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_roofline(frame: pd.DataFrame, path: Path) -> None:
+    """Predicted flops per second against flops per byte of main memory, by target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    part = frame[frame["dtype"] == "bfloat16"]
+    for target, rows in part.groupby("target", sort=False):
+        gpu = GPUS[str(target)]
+        ridge = gpu.peak("bfloat16") / gpu.memory
+        (roof,) = axis.loglog(
+            [0.5, ridge, 1e5], [0.5 * gpu.memory, gpu.peak("bfloat16"), gpu.peak("bfloat16")], label=gpu.name
+        )
+        intensity = rows["launch_flops"] / rows["main_memory_bytes"].clip(lower=rows["launch_flops"] / 5e4)
+        axis.loglog(intensity, rows["launch_flops"] / (rows["predicted_us"] * 1e-6), "o", ms=3, color=roof.get_color())
+    axis.set_xlabel("flops per byte of main memory")
+    axis.set_ylabel("flops per second, predicted")
+    axis.legend(fontsize=8)
+    axis.set_title("Kernels under the published rooflines, bfloat16 (predicted)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,185 @@
+"""The table of tiles: every candidate compiled for every target, ranked by the static bound, or by the clock on a GPU.
+
+python -m perf tune                      compile, rank, write tritonmargin/kernels/tiles.json
+python -m perf tune --device cuda        measure on this machine's GPU instead, for its target only
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from perf import static
+from perf.compiled import Compiled, compiling_for
+from perf.gpus import GPUS, Gpu
+from tritonmargin.kernels import tiles, triton_ops
+from tritonmargin.kernels.tiles import Tiles
+from tritonmargin.kernels.torch_ops import Running
+
+TABLE = Path(tiles.__file__).with_name("tiles.json")
+N, D, K = 1024, 512, 4096  # what candidates are compared on
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
+    """Tiles worth compiling: those whose sums fit the registers or the tensor memory."""
+    wide = dtype == "float32"
+    hopper = gpu.target in ("sm_90", "sm_100")
+    blocks_c = (64, 128) if wide else (64, 128, 256)
+    for block_n, block_c, block_d, warps, stages in itertools.product(
+        (64, 128), blocks_c, (16, 32) if wide else (32, 64), (4, 8), (2, 3, 4)
+    ):
+        if block_n * block_c // (warps * 32) > 128:
+            continue  # registers of the sums alone
+        size = (block_n + block_c) * block_d * (4 if wide else 2) * stages
+        if size > gpu.shared or (hopper and stages == 2) or (gpu.target.startswith("gfx") and stages > 2):
+            continue
+        yield Tiles(block_n, block_c, block_d, warps, stages, hopper and not wide, 1 if hopper else 0)
+
+
+def launches(x: torch.Tensor, rows: torch.Tensor) -> None:
+    """One of each: the bounded logsumexp, and its gradient."""
+    n, k = len(x), len(rows)
+    target = torch.zeros(n, dtype=torch.int64, device=x.device)
+    tile = triton_ops.new_tile(x, k, x.dtype)
+    run = Running(total=torch.zeros(triton_ops.slots(x, k), n, device=x.device))
+    triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)
+    triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
+
+
+def compile_with(tile: Tiles, gpu: Gpu, dtype: str) -> list[Compiled]:
+    x, rows = (torch.empty(size, D, dtype=DTYPES[dtype]) for size in (N, K))
+    chosen = tile._replace(programs=2 * gpu.processors if tile.programs else 0)
+    with using(chosen), compiling_for(gpu.target, gpu.processors) as found:
+        launches(x, rows)
+    return found
+
+
+class using:
+    """`pick_tiles` answers with this one."""
+
+    def __init__(self, tile: Tiles) -> None:
+        self.tile = tile
+
+    def __enter__(self) -> None:
+        self.real = triton_ops.pick_tiles
+        triton_ops.pick_tiles = lambda *_: self.tile
+
+    def __exit__(self, *_: object) -> None:
+        triton_ops.pick_tiles = self.real
+
+
+def search(gpu: Gpu, dtype: str, say: Callable[[str], Any] = print) -> pd.DataFrame:
+    """One line per candidate, the best first: by predicted cycles per logit of both passes."""
+    lines = []
+    for tile in candidates(gpu, dtype):
+        say(f"{gpu.target} {dtype} {tile}")
+        line: dict[str, Any] = {"target": gpu.target, "dtype": dtype, **tile._asdict()}
+        try:
+            found = compile_with(tile, gpu, dtype)
+        except Exception as error:  # what does not compile is no candidate; the table says so
+            lines.append(line | {"failed": type(error).__name__})
+            continue
+        bounds = [static.tile_bound(each, gpu, dtype, "ieee", 0.0) for each in found]
+        line |= {
+            "registers": max(each.registers for each in found),
+            "spills": sum(each.spills for each in found),
+            "shared": max(each.shared for each in found),
+            "blocks": min(bound.blocks for bound in bounds),
+            **{
+                name: sum(getattr(bound, name) for bound in bounds)
+                for name in ("matrix", "exp", "issue", "shared", "latency")
+            },
+            "shared_bytes": max(each.shared for each in found),
+            "cycles_per_logit": sum(bound.cycles for bound in bounds) / (tile.block_n * tile.block_c),
+        }
+        lines.append(line)
+    frame = pd.DataFrame(lines)
+    if "cycles_per_logit" not in frame:
+        return frame
+    frame["usable"] = (frame["spills"] == 0) & (frame["blocks"] >= 1)
+    frame["blocks_enough"] = frame["blocks"] >= 2
+    return ranked(frame)
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """The best first: no spills, the least cycles (to half a percent), the fewest rounds, the fewest instructions."""
+    frame = frame.assign(steps=(200 * frame["cycles_per_logit"] / frame["cycles_per_logit"].min()).round())
+    return frame.sort_values(
+        ["usable", "steps", "blocks_enough", "block_d", "issue", "shared_bytes"],
+        ascending=[False, True, False, False, True, True], ignore_index=True,
+    ).drop(columns="steps")  # fmt: skip
+
+
+def entry(best: pd.Series, how: str) -> dict[str, Any]:
+    """A line of tiles.json, with its evidence."""
+    names = ("block_n", "block_c", "block_d", "warps", "stages")
+    kept = {name: int(best[name]) for name in names}
+    kept["descriptors"] = bool(best["descriptors"])
+    kept["programs_per_processor"] = int(best["blocks"]) if best["programs"] else 0
+    if how == "predicted":
+        evidence = (
+            f"predicted, N={N} D={D}: {int(best['registers'])} registers, no spill, {int(best['blocks'])} blocks a "
+            f"processor; cycles of both passes: matrix {best['matrix']:.0f}, exp {best['exp']:.0f}, issue "
+            f"{best['issue']:.0f}, shared {best['shared']:.0f}; {best['cycles_per_logit']:.3f} cycles per logit"
+        )
+    else:
+        evidence = f"measured, N={N} D={D} K={K}: {best['microseconds']:.1f} us for both passes of a chunk"
+    return kept | {"evidence": evidence}
+
+
+def write(entries: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
+    """Merge into the table: other targets keep their lines."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(dict(sorted((table | entries).items())), indent=1) + "\n")
+
+
+def measure(dtype: str, say: Callable[[str], Any] = print, repeats: int = 20) -> pd.DataFrame:
+    """The candidates on this machine's GPU, by the median time of both passes."""
+    import triton.testing
+
+    target = tiles.gpu(torch.cuda.current_device()).target
+    like = GPUS.get(tiles.family(target), GPUS["sm_80"])
+    gpu = like._replace(target=target)
+    x, rows = (torch.randn(size, D, device="cuda").to(DTYPES[dtype]) for size in (N, K))
+    lines = []
+    for tile in candidates(gpu, dtype):
+        say(f"{target} {dtype} {tile}")
+        line: dict[str, Any] = {"target": target, "dtype": dtype, **tile._asdict(), "blocks": 2}
+        try:
+            with using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
+                taken = triton.testing.do_bench(lambda: launches(x, rows), rep=repeats, return_mode="median")
+        except Exception as error:  # out of resources, for one
+            lines.append(line | {"failed": type(error).__name__})
+            continue
+        lines.append(line | {"microseconds": 1e3 * taken})
+    frame = pd.DataFrame(lines)
+    return frame.sort_values("microseconds", ignore_index=True) if "microseconds" in frame else frame
+
+
+def tune(targets: list[str], dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFrame:
+    """Search by prediction, and write the best of each target and dtype to the table."""
+    frames = []
+    for target, dtype in itertools.product(targets, dtypes):
+        frame = search(GPUS[target], dtype, say)
+        frames.append(frame)
+        if "usable" in frame and frame.iloc[0]["usable"]:
+            write({f"{target} {dtype}": entry(frame.iloc[0], "predicted")})
+    return pd.concat(frames, ignore_index=True)
+
+
+def tune_here(dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFrame:
+    """Search by the clock, for this machine's GPU, and write its lines to the table."""
+    frames = []
+    for dtype in dtypes:
+        frame = measure(dtype, say)
+        frames.append(frame)
+        if "microseconds" in frame:
+            write({f"{tiles.family(frame.iloc[0]['target'])} {dtype}": entry(frame.iloc[0], "measured")})
+    return pd.concat(frames, ignore_index=True)
