@@ -150,6 +150,28 @@ def counted_command(out: Out = Path("reports")) -> None:
     console.print(f"wrote {out / 'counted.csv'}", highlight=False)
 
 
+@app.command("gate")
+def gate_command(
+    out: Annotated[Path, typer.Option(help="folder of the results; a second run goes on in it")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="no step begins after that")] = 10.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="without a GPU, tiny sizes, kernels executed by ttsem")
+    ] = False,
+) -> None:
+    """Everything worth knowing of a GPU in ten minutes: tests, errors, speed beside others, predictions judged."""
+    from perf import gate
+
+    try:
+        with saying() as say:
+            passed = gate.run(out, dry_run, minutes, say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(
+        f"wrote {out / 'gate.html'}: {'every step done' if passed else 'not every step done'}", highlight=False
+    )
+    raise typer.Exit(0 if passed else 1)
+
+
 @app.command("roofline")
 def roofline_command(
     n: N = 256,

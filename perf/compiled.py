@@ -58,6 +58,9 @@ class Compiled(NamedTuple):
         return self.options["num_warps"] * (64 if self.target.startswith("gfx") else 32)
 
 
+_RUN = JITFunction.run  # what compiles; others may have put their own in its place since
+
+
 class _Elsewhere:
     """As much of a Triton driver as compiling asks for."""
 
@@ -83,11 +86,11 @@ class _Elsewhere:
 def compiling_for(target: str, processors: int = 132, cache: int = 50 << 20) -> Iterator[list[Compiled]]:
     """Launches of Triton kernels compile for `target` and do not run."""
     found: list[Compiled] = []
-    run, device_of, driver = JITFunction.run, triton_ops.device_of, triton.runtime.driver
+    before, device_of, driver = JITFunction.run, triton_ops.device_of, triton.runtime.driver
     active = getattr(driver, "_active", None)  # asking the public property would look for a GPU
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        compiled = _RUN(self, *args, grid=grid, warmup=True, **options)
         found.append(read(compiled, self.fn.__name__, target, grid, options))
         return compiled
 
@@ -97,7 +100,7 @@ def compiling_for(target: str, processors: int = 132, cache: int = 50 << 20) -> 
     try:
         yield found
     finally:
-        JITFunction.run, triton_ops.device_of = run, device_of
+        JITFunction.run, triton_ops.device_of = before, device_of
         driver._active = active
 
 

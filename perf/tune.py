@@ -40,7 +40,11 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         size = (block_n + block_c) * block_d * (4 if wide else 2) * stages
         if size > gpu.shared or (hopper and stages == 2) or (gpu.target.startswith("gfx") and stages > 2):
             continue
-        yield Tiles(block_n, block_c, block_d, warps, stages, hopper and not wide, 1 if hopper else 0)
+        free = Tiles(block_n, block_c, block_d, warps, stages, hopper and not wide, int(hopper), 0)
+        yield free
+        # Half of a processor's registers for each of two blocks; the compiler says whether that spills.
+        if gpu.target == "sm_100" and warps == 8:
+            yield free._replace(registers=128)
 
 
 def launches(x: torch.Tensor, rows: torch.Tensor) -> None:
@@ -88,7 +92,7 @@ def search(gpu: Gpu, dtype: str, say: Callable[[str], Any] = print) -> pd.DataFr
             continue
         bounds = [static.tile_bound(each, gpu, dtype, "ieee", 0.0) for each in found]
         line |= {
-            "registers": max(each.registers for each in found),
+            "registers_used": max(each.registers for each in found),
             "spills": sum(each.spills for each in found),
             "shared": max(each.shared for each in found),
             "blocks": min(bound.blocks for bound in bounds),
@@ -119,14 +123,14 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
 def entry(best: pd.Series, how: str) -> dict[str, Any]:
     """A line of tiles.json, with its evidence."""
-    names = ("block_n", "block_c", "block_d", "warps", "stages")
+    names = ("block_n", "block_c", "block_d", "warps", "stages", "registers")
     kept = {name: int(best[name]) for name in names}
     kept["descriptors"] = bool(best["descriptors"])
     kept["programs_per_processor"] = int(best["blocks"]) if best["programs"] else 0
     if how == "predicted":
         evidence = (
-            f"predicted, N={N} D={D}: {int(best['registers'])} registers, no spill, {int(best['blocks'])} blocks a "
-            f"processor; cycles of both passes: matrix {best['matrix']:.0f}, exp {best['exp']:.0f}, issue "
+            f"predicted, N={N} D={D}: {int(best['registers_used'])} registers, no spill, {int(best['blocks'])} blocks "
+            f"a processor; cycles of both passes: matrix {best['matrix']:.0f}, exp {best['exp']:.0f}, issue "
             f"{best['issue']:.0f}, shared {best['shared']:.0f}; {best['cycles_per_logit']:.3f} cycles per logit"
         )
     else:

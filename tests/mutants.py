@@ -2,15 +2,18 @@
 
 A mutant that no test notices is a survivor. A survivor that changes no value is listed with its reason in
 `equivalent_mutants.toml`; any other one fails the run. Each worker mutates its own copy of the package and forks from a
-process that has torch loaded, so a mutant costs its tests and no start-up.
+process that has torch loaded, so a mutant costs its tests and no start-up. What was noticed in a module that has not
+changed since is not run again without --fresh.
 
-    python tests/mutants.py [--only stream] [--workers 2] [--list]
+    python tests/mutants.py [--only stream] [--workers 2] [--more] [--fresh] [--list]
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -24,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".cache" / "mutants"
 REPORT = ROOT / "reports" / "mutants.md"
+LOG = WORK / "outcomes.jsonl"
 REASONS = ROOT / "tests" / "equivalent_mutants.toml"
 TIMEOUT = 240  # seconds for a mutant's tests; a mutant that hangs counts as noticed
 
@@ -37,6 +41,8 @@ TESTS = {
     "margins/schedules.py": MARGIN_TESTS,
     "objectives.py": CORE_TESTS,
     "stream.py": CORE_TESTS,
+}
+MORE = {
     "walk.py": CORE_TESTS,
     "kernels/torch_ops.py": CORE_TESTS,
     "functional.py": CORE_TESTS,
@@ -51,6 +57,18 @@ OPERATORS = re.compile(
     r"|UnaryOperator_(USub_UAdd|Delete_Not|Delete_USub)|TrueWithFalse|FalseWithTrue|AndWithOr|OrWithAnd"
     r"|BreakWithContinue|ContinueWithBreak)|NumberReplacer|AddNot|ZeroIterationForLoop)$"
 )
+
+
+def noticed_before() -> set[tuple[str, str, int]]:
+    """Mutations that an earlier run noticed, of modules as they are now."""
+    if not LOG.exists():
+        return set()
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
+    return {(line[1], line[2], line[3]) for line in lines if line[0] == digest(line[1]) and line[4]}
+
+
+def digest(module: str) -> str:
+    return hashlib.sha256((ROOT / "tritonmargin" / module).read_bytes()).hexdigest()[:16]
 
 
 def work_items(only: str) -> list[tuple[str, str, int]]:
@@ -119,6 +137,8 @@ def worker(number: int, jobs: multiprocessing.Queue, results: multiprocessing.Qu
         changed = [] if after is None else list(difflib.unified_diff(before.split("\n"), after.split("\n"), n=0))[3:]
         old = " ".join(line[1:].strip() for line in changed if line.startswith("-"))
         new = " ".join(line[1:].strip() for line in changed if line.startswith("+"))
+        with open(LOG, "a") as log:
+            log.write(json.dumps([digest(module), module, operator, occurrence, caught]) + "\n")
         results.put((module, operator.removeprefix("core/"), old, new, caught))
     results.put(None)
 
@@ -158,13 +178,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="modules whose path contains this; the report is not written")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--more", action="store_true", help="also " + ", ".join(MORE))
+    parser.add_argument("--fresh", action="store_true", help="run every mutant again")
     parser.add_argument("--list", action="store_true", help="count the mutants and stop")
     options = parser.parse_args()
+    if options.more:
+        TESTS.update(MORE)
     items = work_items(options.only)
     if options.list:
         for module in TESTS:
             print(f"{sum(item[0] == module for item in items):5d}  {module}")
         return 0
+    done = set() if options.fresh else noticed_before() & set(items)
+    if done:
+        print(f"{len(done)} of {len(items)} were noticed before")
+    outcomes = [(module, operator.removeprefix("core/"), "", "", True) for module, operator, _ in done]
+    items = [item for item in items if item not in done]
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
@@ -173,7 +202,7 @@ def main() -> int:
     workers = [context.Process(target=worker, args=(n, jobs, results)) for n in range(options.workers)]
     for process in workers:
         process.start()
-    outcomes, running = [], options.workers
+    running = options.workers
     while running:
         outcome = results.get()
         if outcome is None:
@@ -184,7 +213,7 @@ def main() -> int:
         if not caught:
             print(f"survived  {module}  {operator}\n    - {old}\n    + {new}", flush=True)
         if len(outcomes) % 50 == 0:
-            print(f"{len(outcomes)}/{len(items)}  {(time.monotonic() - start) / 60:.1f} min", flush=True)
+            print(f"{len(outcomes) - len(done)}/{len(items)}  {(time.monotonic() - start) / 60:.1f} min", flush=True)
     for process in workers:
         process.join()
     if options.only:

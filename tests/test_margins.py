@@ -594,3 +594,29 @@ def test_a_schedule_with_an_unknown_name_attaches_nothing():
         margin.with_schedule(m=WarmUp(0.0, 0.5, 10), zz=WarmUp(0.0, 0.5, 10))
     margin.schedule(0)
     assert float(margin.m) == 0.5
+
+
+def test_a_scale_below_one_and_a_floor_of_zero_are_numbers_like_others() -> None:
+    assert ArcFace(s=0.5).s == 0.5
+    with pytest.raises(ValueError, match="0"):
+        ArcFace(s=0.0)
+    with pytest.raises(ValueError, match="minimum"):
+        Annealing(minimum=-0.5)
+
+
+def test_modules_inside_a_margin_move_with_it() -> None:
+    """Its numbers keep their precision, its layers do not."""
+
+    class Learned(Margin):
+        def __init__(self) -> None:
+            super().__init__(s=8.0)
+            self.layer = torch.nn.Linear(1, 1)
+            self.number("m", 0.35)
+
+        def target_cosine(self, cos: Tensor) -> Tensor:
+            return cos - self.m * self.layer(cos[:, None])[:, 0]
+
+    margin = Learned().bfloat16()
+    assert margin.layer.weight.dtype == torch.bfloat16
+    assert margin.m.dtype == torch.float64
+    assert float(margin.m) == 0.35

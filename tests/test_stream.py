@@ -26,11 +26,12 @@ from cases import (
     streamed,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonmargin as tm
 from tritonmargin import functional
 from tritonmargin.margins import MARGINS
-from tritonmargin.stream import Streamed, split_factor, stream
+from tritonmargin.stream import Streamed, add_slots, finite, hardest_slot, split_factor, stream
 from tritonmargin.walk import chunk_classes, is_bounded, retained_classes
 
 EVERYTHING = 10**9
@@ -250,6 +251,96 @@ def by_definition(
         excess = (others - threshold[:, None]).relu()
         out |= {"hinge": excess.sum(dim=1), "violations": (excess > 0).to(z.dtype).sum(dim=1)}
     return out
+
+
+@every_backend
+def test_the_first_class_can_be_the_hardest(backend: str) -> None:
+    """Its logit is a product in full precision like any other's, not what the tile had in units of log 2."""
+    given = problem(6, 9, CLASSES).to(torch.float32)
+    given.w[0] = 3.0 * given.x[0]
+    given.y[0] = 5
+    with tm.use_backend(backend):
+        _, stats = tm.margin_cross_entropy(
+            given.x, given.w, given.y, tm.CosFace(s=16.0), chunk_bytes=1, return_stats=True
+        )
+    assert int(stats.hardest_class[0]) == 0
+    torch.testing.assert_close(float(stats.hardest_logit[0]), 16.0, rtol=1e-5, atol=0)
+
+
+def test_slots_are_added_up() -> None:
+    z = torch.randn(
+        4, 5, 7, generator=torch.Generator().manual_seed(0), device="cpu"
+    ).double()  # slots, classes, samples
+    z[2] = -torch.inf
+    z[:, :, 3] = -torch.inf
+    maximum = z.amax(dim=1)
+    total = torch.exp(z - finite(maximum)[:, None]).sum(dim=1)
+    got, highest = add_slots(total, maximum)
+    torch.testing.assert_close(got.log() + highest, z.reshape(20, 7).logsumexp(dim=0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(add_slots(total, None)[0], total.sum(dim=0))
+    alone, highest = add_slots(total[:1], maximum[:1])
+    torch.testing.assert_close(alone.log() + highest, z[0].logsumexp(dim=0), rtol=1e-12, atol=1e-12)
+
+
+def test_the_hardest_of_all_slots() -> None:
+    """The lowest row among equals; what a slot without a class has does not count; nan is the hardest."""
+    inf, nan = torch.inf, torch.nan
+    hardest = torch.tensor([[1.0, 2.0, -inf, -inf, nan], [3.0, 2.0, 0.5, -inf, 1.0], [2.0, 2.0, -inf, -inf, 2.0]])
+    row = torch.tensor([[4, 9, -1, -1, 7], [1, 0, 5, -1, 2], [3, 6, -1, -1, 3]])
+    value, found = hardest_slot(hardest, row)
+    torch.testing.assert_close(value, torch.tensor([3.0, 2.0, 0.5, -inf, nan]), equal_nan=True)
+    assert found.tolist() == [1, 0, 5, -1, 7]
+    value, found = hardest_slot(hardest[:1], row[:1])
+    assert found.tolist() == [4, 9, -1, -1, 7]
+
+
+FAKED = {
+    "bounded": {},
+    "retained": {"retain_bytes": 10**6},
+    "smoothed": {"class_weight": True, "bounded": False},
+    "biased": {"bias": True, "bounded": False, "unit": False},
+    "hinge": {"threshold": True, "bounded": False, "want_rest": False},
+    "sampled": {"class_ids": True},
+    "sparse": {"class_ids": True, "sparse": True},
+    "everything sparse": {"sparse": True},
+    "hardest only": {"want_rest": False, "want_hardest": True, "bounded": False},
+}
+
+
+@cpu_only
+@pytest.mark.parametrize("name", FAKED)
+def test_fake_outputs_look_like_real_ones(name: str) -> None:
+    """Shapes and dtypes that the ops promise to a compiler, forward and backward, each gradient asked for or not."""
+    given = problem(6, 9, CLASSES, bias=True).to(torch.float32)
+    ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()
+    tensors = {"class_ids": ids, "bias": given.bias, "class_weight": made(CLASSES).float(), "threshold": given.upstream}
+    asked = {key: tensors[key] if value is True and key in tensors else value for key, value in FAKED[name].items()}
+    options = op_options(torch.float32, **asked)
+    forward = (given.x, given.w, given.y % 3, options)
+    real = Streamed(*torch.ops.tritonmargin.stream(*forward[:3], **options))
+    saved = [given.x, given.w, given.y % 3, options["class_ids"], options["bias"], options["class_weight"]]
+    saved += [real.total if options["bounded"] else real.rest if options["want_rest"] else None]
+    saved += [real.hardest_row, real.mean_row, real.retained]
+    g = [given.upstream if saved[6] is not None else None, given.upstream, None, None, None]
+    mode = FakeTensorMode()
+
+    def fake(value: object) -> object:
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    with mode:
+        promised = torch.ops.tritonmargin.stream(
+            *map(fake, forward[:3]), **{key: fake(value) for key, value in options.items()}
+        )
+    assert [(t.shape, t.dtype, t.stride()) for t in promised] == [(t.shape, t.dtype, t.stride()) for t in real]
+    for need_x, need_weight, need_bias in itertools.product(
+        (True, False), (True, False), {True, False} if options["bias"] is not None else {False}
+    ):
+        last = ["exp" if options["bounded"] else "softmax", options["unit"], options["sparse"], need_x, need_weight,
+                need_bias, torch.float32, 1, "torch"]  # fmt: skip
+        made_of = torch.ops.tritonmargin.stream_backward(*saved, *g, *last)
+        with mode:
+            promised = torch.ops.tritonmargin.stream_backward(*map(fake, [*saved, *g]), *last)
+        assert [(t.shape, t.dtype) for t in promised] == [(t.shape, t.dtype) for t in made_of]
 
 
 # -- chunks and retained tiles -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmargin.kernels import load_backend
+from tritonmargin.kernels import falling_back, load_backend
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
 from tritonmargin.walk import Walk, chunk_of, retained_classes
 
@@ -54,6 +54,7 @@ class Streamed(NamedTuple):
 
 
 @torch.library.custom_op("tritonmargin::stream", mutates_args=())
+@falling_back
 def stream_op(
     x: Tensor,
     weight: Tensor,
@@ -86,9 +87,8 @@ def stream_op(
             run.hinge, run.violations = walk.per_slot(0.0, x.dtype), walk.per_slot(0.0, x.dtype)
         kept = retained_classes(walk.n, walk.classes, walk.chunk, dtype.itemsize, retain_bytes)
         retained = walk.ops.new_tile(walk.x, kept, dtype)
-        # Where a tile outlives a difference (it is kept, or read twice), the difference needs a place of its own.
-        twice = want_rest and threshold is not None
-        scratch = walk.scratch(separate=twice or (kept > 0 and not bounded))
+        # Where a tile is read again after a difference, the difference needs a place of its own.
+        scratch = walk.scratch(separate=want_rest and threshold is not None)
         mean_row = x.new_zeros(0 if class_weight is None else walk.d)
 
         for start, stop in walk.chunks():
@@ -159,6 +159,7 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("tritonmargin::stream_backward", mutates_args=())
+@falling_back
 def stream_backward_op(
     x: Tensor,
     weight: Tensor,

@@ -6,10 +6,13 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor  # noqa: F401  the ops' annotations are looked up where `falling_back` is
 
 # The stream's backends, modules of the same four functions. "reference" is not one of them: it never streams.
 STREAMS = {"torch": "tritonmargin.kernels.torch_ops", "triton": "tritonmargin.kernels.triton_ops"}
@@ -17,6 +20,7 @@ BACKENDS = (*STREAMS, "reference")
 
 # A plain module variable: torch.compile guards on it, so a compiled step follows a later change.
 _chosen: str | None = os.environ.get("TRITONMARGIN_BACKEND")
+_failed = False  # a kernel did, in a call that left the choice to the library
 
 
 @contextlib.contextmanager
@@ -41,11 +45,16 @@ def use_backend(name: str) -> Iterator[None]:
 def current_backend(device: torch.device, dtype: torch.dtype) -> str:
     """The backend's name that a loss on this device, computed in this dtype, uses now.
 
+    Without a choice it is "auto" where the kernels can be used: they, and "torch" should they fail to compile.
+
     Raises:
         ValueError: the chosen backend is unknown, or is "triton" and cannot be used there; the reason is in the text.
     """
     if _chosen is None:
-        return "torch" if why_not_triton(device, dtype) else "triton"
+        reason = why_not_triton(device, dtype)
+        if reason and device.type == "cuda" and dtype != torch.float64:
+            warn_once(reason)
+        return "torch" if reason or _failed else "auto"
     check_name(_chosen)
     reason = why_not_triton(device, dtype) if _chosen == "triton" else None
     if reason:
@@ -85,7 +94,52 @@ def missing(index: int | None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def warn_once(reason: str) -> None:
+    warnings.warn(
+        f'tritonmargin: the Triton kernels are not used, because {reason}. The backend "torch" takes their place, '
+        "slower.",
+        stacklevel=4,
+    )
+
+
 @functools.cache
 def load_backend(name: str) -> ModuleType:
     """The module of a backend; Triton is imported when it is first used."""
-    return importlib.import_module(STREAMS[name])
+    return importlib.import_module(STREAMS["triton" if name == "auto" else name])
+
+
+class KernelError(RuntimeError):
+    """A Triton kernel could not be compiled or launched."""
+
+
+def falling_back(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op whose last argument is the backend: with "auto", errors of Triton lead to "torch", with one warning.
+
+    A backend that was asked for by name does not become another: then the error is a `KernelError` that says what to
+    do.
+    """
+
+    @functools.wraps(op)
+    def run(*args: Any, **options: Any) -> Any:
+        global _failed
+        try:
+            return op(*args, **options)
+        except Exception as error:
+            if not type(error).__module__.startswith("triton."):
+                raise
+            backend = options.get("backend", args[-1])
+            text = f"{type(error).__name__}: {str(error).strip()[-500:]}"
+            if backend != "auto":
+                raise KernelError(
+                    f"tritonmargin: a kernel failed ({text}). tm.use_backend('torch') does without the kernels; please "
+                    "report the error with the GPU's name and the versions of torch and triton."
+                ) from error
+            _failed = True
+            warn_once(f"one of them failed ({text})")
+            if "backend" in options:
+                return op(*args, **{**options, "backend": "torch"})
+            return op(*args[:-1], "torch", **options)
+
+    return run

@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
     stages: int  # how many blocks of the sum are loaded ahead
     descriptors: bool  # whether the tensor memory accelerator loads them
     programs: int  # of a persistent grid; 0: one program per tile
+    registers: int  # that the compiler may use per thread, so that another block fits; 0: as many as it wants
 
 
 class Device(NamedTuple):
@@ -53,6 +54,7 @@ def pick_tiles(target: str, dtype: torch.dtype, n: int, d: int, k: int, processo
         stages=line["stages"],
         descriptors=line["descriptors"],
         programs=line["programs_per_processor"] * processors,
+        registers=line["registers"],
     )
 
 
@@ -101,7 +103,8 @@ def family(target: str) -> str:
 def table() -> dict[str, dict[str, Any]]:
     found = json.loads(Path(__file__).with_name("tiles.json").read_text())
     # A program of the interpreter costs the same at any size.
-    whole = dict(block_n=16, block_c=64, block_d=64, warps=4, stages=2, descriptors=False, programs_per_processor=0)
+    whole = dict(block_n=16, block_c=64, block_d=64, warps=4, stages=2, descriptors=False)
+    whole |= dict(programs_per_processor=0, registers=0)
     return found | {"interpreter float32": whole, "interpreter bfloat16": whole}
 
 

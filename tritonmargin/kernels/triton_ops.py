@@ -18,6 +18,9 @@ Rows are counted in 64 bits: C D and N K pass 2^31. The sizes that change from s
 
 from __future__ import annotations
 
+import os
+import tempfile
+import warnings
 from typing import Any
 
 import torch
@@ -40,6 +43,24 @@ FUSED = True
 
 SHARES = {"exp": exp_term, "softmax": softmax_term, "hinge": hinge_slope_term}
 
+
+def writable_cache() -> None:
+    """Triton keeps what it compiles on disk; where it cannot, this process gets a folder of its own."""
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        triton.knobs.cache.dir = tempfile.mkdtemp(prefix="tritonmargin-")
+        warnings.warn(
+            f"tritonmargin: Triton's cache {folder} cannot be written ({error.strerror}); kernels are compiled again "
+            "in every process. Set TRITON_CACHE_DIR to a folder that can.",
+            stacklevel=2,
+        )
+
+
+writable_cache()
 
 # -- prepare_rows ------------------------------------------------------------------------------------------------
 
@@ -306,7 +327,7 @@ def launch(
         1 if tile is None else tile.stride(1),
         EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described, PRECISION=precision(x.dtype),
         D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
 
 

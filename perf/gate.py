@@ -1,0 +1,341 @@
+"""`python -m perf gate --out DIR`: what a person with a GPU for ten minutes runs.
+
+Steps in order, each with what it found written at once; a second run goes on where the first was stopped, and no step
+begins after the time is up. A step that fails is a result too. `--dry-run` runs every step on this machine without a
+GPU, at tiny sizes, kernels executed by ttsem: its numbers say nothing, it shows that the gate works.
+
+    environment  versions, the GPU, clocks
+    tests        tests/test_kernels.py on this GPU
+    errors       loss and gradients against float64, beside plain torch in the same dtype
+    rate         what cuBLAS makes of the three products of a step
+    speed        the head's step beside the others, time and peak memory
+    search       tiles by the clock
+    verdict      measured over predicted, for every figure that `python -m perf audit` predicts
+
+It leaves gate.json (everything), errors.csv, speed.csv, search.csv, verdict.csv, tests.txt and gate.html.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+import tritonmargin as tm
+from perf import kernels, static, tune
+from perf.clock import seconds
+from perf.problem import Problem
+from perf.providers import discover
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ("errors", "speed", "search", "verdict")
+
+
+@dataclass
+class Gate:
+    out: Path
+    dry: bool
+    minutes: float
+    say: Callable[[str], Any] = print
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.begin = time.monotonic()
+        path = self.out / "gate.json"
+        if path.exists():
+            self.state = json.loads(path.read_text())
+            if self.state.get("dry_run") != self.dry:
+                raise ValueError(
+                    f"{path} is of {'a dry run' if self.state.get('dry_run') else 'a GPU'}; choose another --out"
+                )
+        self.state |= {"dry_run": self.dry}
+        self.state.setdefault("steps", {})
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return 60.0 * self.minutes - (time.monotonic() - self.begin)
+
+    @property
+    def device(self) -> str:
+        return "cuda"
+
+    def run(self) -> bool:
+        """Every step that is not done; whether all are, and none failed."""
+        for name, step in STEPS.items():
+            if self.state["steps"].get(name, {}).get("status") == "done":
+                continue
+            if self.left <= 0:
+                self.state["steps"][name] = {"status": "not begun, the time was up"}
+                continue
+            self.say(f"gate: {name}")
+            start = time.monotonic()
+            try:
+                found = {"status": "done", "result": step(self)}
+            except Exception as error:
+                found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+            self.state["steps"][name] = found | {"seconds": round(time.monotonic() - start, 1)}
+            self.save()
+        self.save()
+        return all(step.get("status") == "done" for step in self.state["steps"].values())
+
+    def result(self, name: str) -> Any:
+        return self.state["steps"].get(name, {}).get("result")
+
+    def save(self) -> None:
+        (self.out / "gate.json").write_text(json.dumps(self.state, indent=1) + "\n")
+        for name in TABLES:
+            if self.result(name):
+                pd.DataFrame(self.result(name)).to_csv(self.out / f"{name}.csv", index=False)
+        (self.out / "gate.html").write_text(page(self.state))
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------
+
+
+def environment(gate: Gate) -> dict[str, Any]:
+    import triton
+
+    facts: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+        "tritonmargin": tm.__version__, "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }  # fmt: skip
+    if gate.dry:
+        return facts | {"gpu": "none: a dry run"}
+    properties = torch.cuda.get_device_properties(0)
+    facts |= {
+        "gpu": properties.name, "processors": properties.multi_processor_count,
+        "memory_GB": round(properties.total_memory / 1e9, 1), "capability": torch.cuda.get_device_capability(0),
+        "cache_MB": getattr(properties, "L2_cache_size", 0) / 2**20,
+    }  # fmt: skip
+    asked = "clocks.max.sm,clocks.max.memory,power.limit,driver_version"
+    query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    try:
+        facts[asked] = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        facts[asked] = "not available"
+    return facts
+
+
+def tests(gate: Gate) -> dict[str, Any]:
+    """The kernel tests in a process of their own."""
+    chosen = ["-k", "ties or descriptors_only or not_a_number"] if gate.dry else ["-m", "not slow"]
+    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", *chosen]
+    environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(60.0, gate.left))
+    (gate.out / "tests.txt").write_text(done.stdout[-100_000:] + done.stderr[-10_000:])
+    last = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line]
+    if done.returncode:
+        raise RuntimeError(last[-1] if last else done.stderr[-500:])
+    return {"summary": last[-1]}
+
+
+def errors(gate: Gate) -> list[dict[str, Any]]:
+    """Ours and plain torch in the same dtype, both against float64 on the same rounded numbers."""
+    n, d, c = (24, 32, 300) if gate.dry else (512, 512, 50_000)
+    margin = tm.ArcFace(m=0.5, s=64.0)
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16):
+        p = Problem(n, d, c, str(dtype).removeprefix("torch."), gate.device)
+        made = torch.Generator().manual_seed(0)
+        x = torch.randn(n, d, generator=made).to(gate.device, dtype)
+        w = (0.01 * torch.randn(c, d, generator=made)).to(gate.device, dtype)
+        target = torch.randint(c, (n,), generator=made).to(gate.device)
+
+        def step(kind: torch.dtype, backend: str, x: Any = x, w: Any = w, target: Any = target) -> list[torch.Tensor]:
+            a, b = x.to(kind).requires_grad_(), w.to(kind).requires_grad_()
+            with tm.use_backend(backend):
+                loss = tm.margin_cross_entropy(a, b, target, margin)
+            return [loss.detach(), *torch.autograd.grad(loss, (a, b))]
+
+        def plain(kind: torch.dtype, x: Any = x, w: Any = w, target: Any = target) -> list[torch.Tensor]:
+            a, b = x.to(kind).requires_grad_(), w.to(kind).requires_grad_()
+            cos = F.linear(F.normalize(a), F.normalize(b)).float()
+            own = cos.gather(1, target[:, None]).clamp(-1.0, 1.0)
+            t = margin.target_cosine(own[:, 0])[:, None]
+            loss = F.cross_entropy(64.0 * cos.scatter(1, target[:, None], t), target)
+            return [loss.detach(), *torch.autograd.grad(loss, (a, b))]
+
+        exact = step(torch.float64, "reference")
+        for name, ours, theirs, want in zip(
+            ("loss", "dx", "dw"), step(dtype, "triton"), plain(dtype), exact, strict=True
+        ):
+            error = float((ours.double() - want).norm() / want.norm())
+            other = float((theirs.double() - want).norm() / want.norm())
+            lines.append({"size": p.title, "of": name, "tritonmargin": error, "plain_torch": other,
+                          "within_budget": error <= 2.0 * other + 1e-7})  # fmt: skip
+    return lines
+
+
+def rate(gate: Gate) -> dict[str, float]:
+    """Flops per second of the three shapes of a step, in bfloat16, into buffers that exist."""
+    n, d, k = (16, 16, 64) if gate.dry else (1024, 512, 32_768)
+    made = {}
+    for name, (a, b) in {
+        "logits": ((n, d), (d, k)), "dX": ((n, k), (k, d)), "dW": ((k, n), (n, d)),
+    }.items():  # fmt: skip
+        left, right = (torch.randn(*shape, device=gate.device).bfloat16() for shape in (a, b))
+        out = torch.empty(a[0], b[1], dtype=torch.bfloat16, device=gate.device)
+        taken = median(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), gate)
+        made[name] = 2.0 * n * d * k / taken
+    return made
+
+
+SIZES = [(1024, 512, 100_000), (1024, 512, 1_000_000), (256, 512, 1_000_000)]
+ROWS = ("ours", "ours-retain", "plain", "plain-compiled", "ours-linear", "torch-lce", "liger", "cce")
+
+
+def speed(gate: Gate) -> list[dict[str, Any]]:
+    """Forward and backward of every provider that can, median and peak memory beyond what is given."""
+    lines = []
+    sizes = [(8, 16, 200)] if gate.dry else SIZES
+    for n, d, c in sizes:
+        for dtype in ("bfloat16", "float32") if n == sizes[0][0] and c == sizes[0][2] else ("bfloat16",):
+            p = Problem(n, d, c, dtype, "cpu" if gate.dry else gate.device)
+            tensors = p.tensors()
+            for name in ROWS:
+                line: dict[str, Any] = {"provider": name, "dtype": dtype, "N": n, "D": d, "C": c}
+                provider_class = discover().providers.get(name)
+                if provider_class is None:
+                    lines.append(line | {"failed": discover().skipped.get(name, "not found")})
+                    continue
+                provider = provider_class()
+                why = provider.supports(p)
+                if why or gate.left <= 0:
+                    lines.append(line | {"failed": why or "the time was up"})
+                    continue
+                lines.append(line | one(provider, p, tensors, gate))
+    return lines
+
+
+def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
+    def step() -> None:
+        provider.reset("forward+backward")
+        provider.run("forward+backward")
+
+    try:
+        provider.prepare(p, tensors)
+        step()
+        peak = None
+        if not gate.dry:
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            step()
+            peak = (torch.cuda.max_memory_allocated() - held) / 1e6
+        return {"title": provider.title, "milliseconds": 1e3 * median(step, gate), "peak_MB": peak}
+    except Exception as error:  # out of memory, a peer that does not compile: a row of the table
+        if not gate.dry:
+            torch.cuda.empty_cache()
+        return {"title": provider.title, "failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def median(call: Callable[[], Any], gate: Gate) -> float:
+    """Seconds, after a warm-up."""
+    call()
+    return statistics.median(seconds(call, "cpu" if gate.dry else gate.device)[0] for _ in range(1 if gate.dry else 20))
+
+
+def search(gate: Gate) -> list[dict[str, Any]]:
+    if gate.dry:  # nothing can be timed: one candidate, compiled
+        tile = next(tune.candidates(tune.GPUS["sm_80"], "bfloat16"))
+        return [{"target": "sm_80", "dtype": "bfloat16", **tile._asdict(), "failed": "a dry run measures nothing"}]
+    return tune.measure("bfloat16", gate.say).to_dict("records")
+
+
+def verdict(gate: Gate) -> list[dict[str, Any]]:
+    """Each predicted figure beside what was measured."""
+    from perf.gpus import GPUS
+    from tritonmargin.kernels import tiles
+
+    target = "sm_90" if gate.dry else tiles.gpu(0).target
+    gpu = GPUS.get(tiles.family(target))
+    if gpu is None:
+        raise ValueError(f"nothing is predicted for {target}")
+    found = {(row["provider"], row["N"], row["D"], row["C"], row["dtype"]): row.get("milliseconds")
+             for row in gate.result("speed") or []}  # fmt: skip
+    rates = gate.result("rate") or {}
+    lines = [
+        {
+            "figure": f"bfloat16 products, flops per second: {name}",
+            "predicted": static.SUSTAINED * gpu.peak("bfloat16"),
+            "measured": got,
+        }
+        for name, got in rates.items()
+    ]
+    names = {"tritonmargin, launched one by one": "ours", "full logits, the usual code": "plain",
+             "Cut Cross-Entropy's schedule, W normalised before": "cce",
+             "Liger's schedule, W normalised before": "liger"}  # fmt: skip
+    for n, d, c in SIZES[:1] if gate.dry else SIZES:
+        for row in kernels.predict(gpu, "bfloat16", n, d, c).to_dict("records"):
+            if row["schedule"] in names:
+                lines.append({
+                    "figure": f"{row['schedule']}, ms, N={n} D={d} C={c}", "predicted": row["predicted_ms"],
+                    "measured": found.get((names[row["schedule"]], n, d, c, "bfloat16")),
+                })  # fmt: skip
+    for line in lines:
+        measured = line["measured"]
+        line["measured_over_predicted"] = None if measured is None else measured / line["predicted"]
+    return lines
+
+
+STEPS: dict[str, Callable[[Gate], Any]] = {
+    "environment": environment, "tests": tests, "errors": errors, "rate": rate, "speed": speed, "search": search,
+    "verdict": verdict,
+}  # fmt: skip
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def page(state: dict[str, Any]) -> str:
+    """All of it on one page."""
+    parts = []
+    if state["dry_run"]:
+        parts.append("<p><b>A dry run: no GPU was there, no number of it says anything.</b></p>")
+    for name, step in state["steps"].items():
+        parts.append(f"<h2>{html.escape(name)}: {html.escape(step['status'])}</h2>")
+        if "error" in step:
+            parts.append(f"<pre>{html.escape(step['error'])}</pre>")
+        result = step.get("result")
+        if isinstance(result, list):
+            parts.append(
+                pd.DataFrame(result).to_html(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")
+            )
+        elif isinstance(result, dict):
+            parts.append(pd.Series(result).to_frame("").to_html())
+    style = """
+        body { font: 15px sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color-scheme: light dark }
+        table { border-collapse: collapse; display: block; overflow-x: auto }
+        td, th { padding: .2em .6em; border: 1px solid #8888 }
+    """
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{style}</style>"
+    body = f"<body><h1>GPU gate</h1>{''.join(parts)}</body>"
+    return f"<!doctype html><html lang='en'><head>{head}<title>GPU gate</title></head>{body}</html>"
+
+
+def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:
+    if not dry and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here; --dry-run shows that the gate works")
+    session: Any = nullcontext()
+    if dry:
+        from ttsem import sanitize
+
+        session = sanitize.session(cc=90)
+    with session:
+        return Gate(out, dry, minutes, say).run()

@@ -1,0 +1,178 @@
+"""Which backend computes, and what happens where the kernels cannot be used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import cpu_only
+
+import tritonmargin as tm
+from tritonmargin import kernels
+from tritonmargin.kernels import torch_ops
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choice made, no failure seen, no warning given."""
+    monkeypatch.setattr(kernels, "_chosen", None)
+    monkeypatch.setattr(kernels, "_failed", False)
+    for cached in (kernels.missing, kernels.warn_once, kernels.load_backend):
+        cached.cache_clear()
+    yield
+    for cached in (kernels.missing, kernels.warn_once, kernels.load_backend):
+        cached.cache_clear()
+
+
+def loss(**options: object) -> torch.Tensor:
+    x, w = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.eye(8)
+    return tm.margin_cross_entropy(x.requires_grad_(), w.requires_grad_(), torch.arange(4), tm.ArcFace(), **options)
+
+
+@cpu_only
+def test_the_choice_on_a_cpu(fresh: None) -> None:
+    assert kernels.current_backend(CPU, torch.float32) == "torch"
+    with tm.use_backend("triton"):
+        with pytest.raises(ValueError, match="needs tensors on a CUDA or ROCm device, got 'cpu'"):
+            loss()
+        with pytest.raises(ValueError, match="does not compute in float64"):
+            kernels.current_backend(CUDA, torch.float64)
+
+
+@cpu_only
+def test_the_choice_on_a_gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.current_backend(CUDA, torch.bfloat16) == "auto"
+        assert kernels.current_backend(CUDA, torch.float64) == "torch"
+    with tm.use_backend("triton"):
+        assert kernels.current_backend(CUDA, torch.float32) == "triton"
+    with tm.use_backend("torch"):
+        assert kernels.current_backend(CUDA, torch.float32) == "torch"
+
+
+@cpu_only
+@pytest.mark.parametrize("reason", ["old GPU", "old Triton", "no Triton"])
+def test_what_is_missing_is_said_once_and_an_explicit_choice_raises(
+    reason: str, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if reason == "old GPU" else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    if reason == "old Triton":
+        import triton
+
+        monkeypatch.setattr(triton, "__version__", "3.1.0")
+    elif reason == "no Triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    text = {"old GPU": "compute capability", "old Triton": "3.6 is the oldest", "no Triton": "not installed"}[reason]
+    with pytest.warns(UserWarning, match=text):
+        assert kernels.current_backend(CUDA, torch.float32) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.current_backend(CUDA, torch.float32) == "torch"  # said once
+    with tm.use_backend("triton"), pytest.raises(ValueError, match=text):
+        kernels.current_backend(CUDA, torch.float32)
+
+
+class Failing:
+    """The torch backend with one function that fails as Triton does."""
+
+    FUSED = torch_ops.FUSED
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, name: str) -> object:
+        if name != self.name:
+            return getattr(torch_ops, name)
+        from triton.runtime.errors import OutOfResources
+
+        def fail(*args: object, **options: object) -> None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+        return fail
+
+
+@cpu_only
+@pytest.mark.parametrize("function", ["reduce_chunk", "finish_rows"])
+def test_a_kernel_that_fails(function: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to the library: one warning, and the right result. Asked for by name: an error that says what to do."""
+    expected = loss()
+    load = kernels.load_backend
+    broken = lambda name: load("torch") if name == "torch" else Failing(function)  # noqa: E731
+    monkeypatch.setattr("tritonmargin.walk.load_backend", broken)
+    monkeypatch.setattr("tritonmargin.stream.load_backend", broken)
+    monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "auto")
+
+    def step() -> torch.Tensor:
+        value = loss()
+        value.backward()
+        return value
+
+    with pytest.warns(UserWarning, match="one of them failed .*shared memory"):
+        value = step()
+    assert torch.equal(value, expected)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert kernels.current_backend(CUDA, torch.float32) == "torch"  # not tried again
+    monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "triton")
+    with pytest.raises(kernels.KernelError, match=r"use_backend\('torch'\)"):
+        step()
+
+
+@cpu_only
+def test_other_errors_are_not_taken_for_a_kernels(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(torch_ops, "reduce_chunk", fail)
+    with pytest.raises(MemoryError):
+        loss()
+
+
+COMPILE = """
+import torch, warnings
+warnings.simplefilter("always")
+from perf.compiled import compiling_for
+from tritonmargin.kernels import triton_ops
+with compiling_for("sm_90") as found:
+    triton_ops.prepare_rows(torch.ones(9, 40), None, 0, 9, True, torch.empty(9, 40), None)
+print(len(found), found[0].spills)
+"""
+
+
+def compiling(folder: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@cpu_only
+def test_two_processes_compile_into_one_cache(tmp_path: Path) -> None:
+    both = [compiling(str(tmp_path / "cache")) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert out.split() == ["1", "0"]
+        assert "cannot be written" not in err
+
+
+@cpu_only
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    process = compiling(str(tmp_path / "file" / "cache"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.split() == ["1", "0"]
+    assert "cannot be written" in err
+    assert "TRITON_CACHE_DIR" in err

@@ -1,0 +1,143 @@
+"""The kernels' audit, the search for tiles and the GPU gate: compiled, counted, executed. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import MACHINE
+
+for module in ("pandas", "matplotlib", "tabulate", "typer", "rich", "triton", "ttsem"):
+    pytest.importorskip(module, reason=f"{module} is missing: make test installs it")
+if MACHINE != "cpu":
+    pytest.skip("nothing here runs on another machine", allow_module_level=True)
+
+import pandas as pd  # noqa: E402
+
+from perf import gate, kernels, tune  # noqa: E402
+from perf.gpus import GPUS  # noqa: E402
+from tritonmargin.kernels import tiles  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def audited() -> pd.DataFrame:
+    return kernels.audit(lambda line: None, ("sm_90", "gfx942"), ("bfloat16",), (64, 512))
+
+
+def test_kernels_are_audited(audited: pd.DataFrame) -> None:
+    """Matrix instructions where there are products, exps where there are exps, and counts that add up."""
+    assert len(audited) == 2 * 2 * 4
+    tiled = audited[audited["kernel"].isin(["reduce_chunk", "weigh_chunk"])]
+    assert set(tiled["matrix_kind"]) == {"HGMMA", "mfma"}
+    assert set(tiled[tiled["target"] == "sm_90"]["loads_ahead"]) == {"UTMALDG"}
+    # A thread has its share of the tile's elements, and an exp for each.
+    size = tiled["block"].str.split("x").map(lambda parts: int(parts[0]) * int(parts[1]))
+    threads = tiled["warps"] * tiled["target"].map({"sm_90": 32, "gfx942": 64})
+    assert (tiled["exp2"] == size / threads).all()
+    block_d = tiled["block"].str.split("x").map(lambda parts: int(parts[2]))
+    rate = tiled["target"].map(lambda target: GPUS[target].bfloat16)
+    rounds = -(-tiled["D"] // block_d)
+    assert (tiled["matrix_cycles"] == 2 * size * rounds * block_d / rate).all()
+    assert (audited["spills"] == 0).all()
+    weigh = tiled[tiled["kernel"] == "weigh_chunk"]
+    assert (weigh["launch_bytes"] > weigh["N"] * weigh["chunk"] * 2).all()
+
+
+def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
+    rules = kernels.budgets(audited).set_index("budget")
+    assert rules.loc["no register spills anywhere", "met"]
+    worse = audited.copy()
+    worse.loc[worse.index[0], "spills"] = 8
+    worse.loc[worse["kernel"] == "weigh_chunk", ["blocks", "main_memory_bytes"]] = [1, 10**12]
+    rules = kernels.budgets(worse).set_index("budget")
+    assert not rules.loc["no register spills anywhere", "met"]
+    assert "sm_90 bfloat16 D=64 prepare_rows" in rules.loc["no register spills anywhere", "where not"]
+    assert not rules.loc["exp beside the product: two blocks a processor", "met"]
+    assert not rules.loc["dL/dz at most 2 bytes per logit through main memory", "met"]
+
+
+def test_a_spill_is_seen() -> None:
+    """The same kernel with a third of the registers it wants."""
+    free = next(tile for tile in tune.candidates(GPUS["sm_80"], "bfloat16") if tile.block_n * tile.block_c >= 1 << 14)
+    compiled = tune.compile_with(free._replace(registers=64), GPUS["sm_80"], "bfloat16")
+    assert all(each.spills > 0 for each in compiled)
+    assert all(each.instructions.per_tile(8)["spill"] > 0 for each in compiled)
+    assert not any(each.spills for each in tune.compile_with(free, GPUS["sm_80"], "bfloat16"))
+
+
+def test_the_step_predicted_grows_with_the_classes_and_is_above_the_floor() -> None:
+    small, large = (kernels.predict(GPUS["sm_90"], c=c).set_index("schedule") for c in (500_000, 1_000_000))
+    ours = "tritonmargin, in a CUDA graph"
+    assert large.loc[ours, "predicted_ms"] == pytest.approx(2 * small.loc[ours, "predicted_ms"], rel=0.05)
+    assert large.loc[ours, "times_the_floor"] > 4 / 3
+    assert large.loc["full logits, the usual code", "predicted_ms"] > large.loc[ours, "predicted_ms"]
+
+
+def test_tune_writes_what_pick_tiles_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [tile for tile in tune.candidates(GPUS["sm_80"], "bfloat16") if tile.block_d == 64][:3]
+    monkeypatch.setattr(tune, "candidates", lambda gpu, dtype: iter(some))
+    frame = tune.search(GPUS["sm_80"], "bfloat16", lambda line: None)
+    assert len(frame) == 3
+    assert frame["cycles_per_logit"].is_monotonic_increasing
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"sm_90 bfloat16": {"kept": 1}}))
+    tune.write({"sm_80 bfloat16": tune.entry(frame.iloc[0], "predicted")}, path)
+    written = json.loads(path.read_text())
+    assert written["sm_90 bfloat16"] == {"kept": 1}
+    monkeypatch.setattr(tiles, "table", lambda: written)
+    picked = tiles.pick_tiles("sm_80", torch.bfloat16, 1000, 512, 4096, 108)
+    assert picked.block_c == frame.iloc[0]["block_c"]
+    assert "no spill" in written["sm_80 bfloat16"]["evidence"]
+
+
+def test_every_line_of_the_table_of_tiles_has_its_evidence() -> None:
+    table = json.loads(tune.TABLE.read_text())
+    assert set(table) == {f"{target} {dtype}" for target in GPUS for dtype in tune.DTYPES}
+    assert all("cycles per logit" in line["evidence"] or "measured" in line["evidence"] for line in table.values())
+
+
+def test_chunks_stay_inside_the_cache_and_are_whole_waves() -> None:
+    for target, gpu in GPUS.items():
+        device = tiles.Device(target, gpu.processors, gpu.cache)
+        for n, d, dtype in ((1024, 512, torch.bfloat16), (256, 128, torch.float32), (32, 512, torch.bfloat16)):
+            chunk = tiles.default_chunk(device, dtype, n, d)
+            tile = tiles.pick_tiles(target, dtype, n, d, chunk, gpu.processors)
+            wave = max(1, (tile.programs or 2 * gpu.processors) // -(-n // tile.block_n)) * tile.block_c
+            assert chunk % wave == 0
+            assert chunk == wave or (n + 2 * d) * dtype.itemsize * chunk <= tiles.CACHE_SHARE * gpu.cache
+
+
+def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Every step, in a process of its own; at most eight files; done steps are not done again."""
+    call = [sys.executable, "-m", "perf", "gate", "--dry-run", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        state = json.loads((tmp_path / "gate.json").read_text())
+        assert set(state["steps"]) == set(gate.STEPS)
+        assert all(step["status"] == "done" for step in state["steps"].values())
+        assert all(line["within_budget"] for line in state["steps"]["errors"]["result"])
+        assert len(list(tmp_path.iterdir())) <= 8
+        times = {name: step["seconds"] for name, step in state["steps"].items()}
+        if _ == 0:
+            first = times
+    assert times == first
+    assert "no number of it says anything" in (tmp_path / "gate.html").read_text()
+
+
+def test_the_gate_stops_at_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no GPU here"):
+        gate.run(tmp_path, dry=False, minutes=1.0)
+    late = gate.Gate(tmp_path, dry=True, minutes=0.0, say=lambda line: None)
+    assert not late.run()
+    assert {step["status"] for step in late.state["steps"].values()} == {"not begun, the time was up"}
+    with pytest.raises(ValueError, match="choose another --out"):
+        gate.Gate(tmp_path, dry=False, minutes=1.0)
