@@ -1,6 +1,6 @@
 """How long a tile takes at best, from machine code and published rates: a prediction, never a measurement.
 
-A tile keeps five things of a processor busy, each for a number of cycles that can be counted:
+A tile keeps these parts of a processor busy, each for a number of cycles that can be counted:
 
     matrix   2 BLOCK_N BLOCK_C D flops on the matrix units
     exp      the exp2 (and other special) instructions of the epilogue
@@ -9,9 +9,9 @@ A tile keeps five things of a processor busy, each for a number of cycles that c
     memory   bytes from and to main memory
     latency  rounds of the sum, each waiting for loads that `stages` - 1 rounds and the other blocks hide
 
-With two or more blocks on a processor the epilogue of one runs beside the product of another, and the largest of them
-is the bound. A block alone does one after the other. The matrix units are taken to sustain `SUSTAINED` of
-their peak, an assumption: power limits and the edges of a loop cost the best libraries as much.
+With two or more blocks on a processor, or with specialised warps, the epilogue of one tile runs beside the product of
+another, and the largest of them is the bound. A block alone does one after the other. The matrix units are taken to
+sustain `SUSTAINED` of their peak, an assumption: power limits and the edges of a loop cost the best libraries as much.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Bound(NamedTuple):
     memory: float
     latency: float
     blocks: int  # resident on a processor
+    overlapped: bool  # two blocks, or warps that share the work by its kind
 
     @property
     def terms(self) -> dict[str, float]:
         """The matrix units at the rate that they sustain."""
-        return {**self._asdict(), "matrix": self.matrix / SUSTAINED, "blocks": 0}
+        return {**self._asdict(), "matrix": self.matrix / SUSTAINED, "blocks": 0, "overlapped": 0}
 
     @property
     def largest(self) -> str:
@@ -48,7 +49,7 @@ class Bound(NamedTuple):
 
     @property
     def cycles(self) -> float:
-        if self.blocks >= 2:
+        if self.overlapped:
             return max(self.terms.values())
         of = self.terms
         return max(of["matrix"], of["shared"], of["memory"], of["latency"]) + max(of["exp"], of["issue"] / 2)
@@ -75,11 +76,12 @@ def tile_bound(compiled: Compiled, gpu: Gpu, dtype: str, precision: str, memory_
     return Bound(
         matrix=2 * block_n * block_c * block_d * rounds / gpu.matrix_rate(dtype, precision),
         exp=(done["exp2"] + done["special"]) * compiled.threads / gpu.special,
-        issue=sum(done.values()) * compiled.threads / gpu.issue,
+        issue=sum(count for kind, count in done.items() if kind != "scalar") * compiled.threads / gpu.issue,
         shared=operand_numbers(compiled) * rounds * size / gpu.shared_bandwidth,
         memory=memory_bytes / (gpu.memory / gpu.processors / gpu.clock),
         latency=rounds * LATENCY / max(of["num_stages"] - 1, 1) / max(resident, 1),
         blocks=resident,
+        overlapped=resident >= 2 or of.get("SPECIALISED", False),
     )
 
 

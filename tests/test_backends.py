@@ -25,10 +25,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice made, no failure seen, no warning given."""
     monkeypatch.setattr(kernels, "_chosen", None)
     monkeypatch.setattr(kernels, "_failed", False)
-    for cached in (kernels.missing, kernels.warn_once, kernels.load_backend):
+    for cached in (kernels.missing, kernels.warn_once, kernels.load_module):
         cached.cache_clear()
     yield
-    for cached in (kernels.missing, kernels.warn_once, kernels.load_backend):
+    for cached in (kernels.missing, kernels.warn_once, kernels.load_module):
         cached.cache_clear()
 
 
@@ -94,10 +94,9 @@ class Failing:
     def __getattr__(self, name: str) -> object:
         if name != self.name:
             return getattr(torch_ops, name)
-        from triton.runtime.errors import OutOfResources
 
         def fail(*args: object, **options: object) -> None:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+            raise kernels.KernelError("OutOfResources: out of resource: shared memory")
 
         return fail
 
@@ -107,8 +106,8 @@ class Failing:
 def test_a_kernel_that_fails(function: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to the library: one warning, and the right result. Asked for by name: an error that says what to do."""
     expected = loss()
-    load = kernels.load_backend
-    broken = lambda name: load("torch") if name == "torch" else Failing(function)  # noqa: E731
+    load = kernels.load_module
+    broken = lambda name: load("torch") if name == "torch" or kernels._failed else Failing(function)  # noqa: E731
     monkeypatch.setattr("tritonmargin.walk.load_backend", broken)
     monkeypatch.setattr("tritonmargin.stream.load_backend", broken)
     monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "auto")
@@ -123,6 +122,7 @@ def test_a_kernel_that_fails(function: str, fresh: None, monkeypatch: pytest.Mon
     assert torch.equal(value, expected)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert kernels.current_backend(CUDA, torch.float32) == "torch"  # not tried again
+    monkeypatch.setattr(kernels, "_failed", False)
     monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "triton")
     with pytest.raises(kernels.KernelError, match=r"use_backend\('torch'\)"):
         step()

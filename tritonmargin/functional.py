@@ -108,7 +108,8 @@ def margin_cross_entropy(
         valid = row >= 0
         label = torch.where(valid, target, 0).long()
         x, norm = scaled_rows(torch.where(valid[:, None], embeddings, 0.0).to(accumulate(compute)), margin)
-        own_bias = None if bias is None else bias.index_select(0, label).to(x.dtype)
+        # Not index_select: its backward adds with atomics on a GPU.
+        own_bias = None if bias is None else bias[label].to(x.dtype)
         walked = weight.shape[0] if class_ids is None else class_ids.shape[0]
 
         others = OBJECTIVES[objective].others

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor  # noqa: F401  the ops' annotations are looked up where `falling_back` is
+from torch import Tensor  # the ops' annotations are looked up here too, where `falling_back` is
 
 # The stream's backends, modules of the same four functions. "reference" is not one of them: it never streams.
 STREAMS = {"torch": "tritonmargin.kernels.torch_ops", "triton": "tritonmargin.kernels.triton_ops"}
@@ -104,10 +104,14 @@ def warn_once(reason: str) -> None:
     )
 
 
-@functools.cache
 def load_backend(name: str) -> ModuleType:
     """The module of a backend; Triton is imported when it is first used."""
-    return importlib.import_module(STREAMS["triton" if name == "auto" else name])
+    return load_module("torch" if name == "auto" and _failed else "triton" if name == "auto" else name)
+
+
+@functools.cache
+def load_module(name: str) -> ModuleType:
+    return importlib.import_module(STREAMS[name])
 
 
 class KernelError(RuntimeError):
@@ -115,31 +119,28 @@ class KernelError(RuntimeError):
 
 
 def falling_back(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op whose last argument is the backend: with "auto", errors of Triton lead to "torch", with one warning.
+    """An op on x, ..., backend, on x's device; a kernel that fails under "auto" leads to "torch", with one warning.
 
-    A backend that was asked for by name does not become another: then the error is a `KernelError` that says what to
-    do.
+    A backend that was asked for by name does not become another: then the error says what to do.
     """
 
     @functools.wraps(op)
-    def run(*args: Any, **options: Any) -> Any:
+    def run(x: Tensor, *args: Any, **options: Any) -> Any:
         global _failed
-        try:
-            return op(*args, **options)
-        except Exception as error:
-            if not type(error).__module__.startswith("triton."):
-                raise
-            backend = options.get("backend", args[-1])
-            text = f"{type(error).__name__}: {str(error).strip()[-500:]}"
-            if backend != "auto":
-                raise KernelError(
-                    f"tritonmargin: a kernel failed ({text}). tm.use_backend('torch') does without the kernels; please "
-                    "report the error with the GPU's name and the versions of torch and triton."
-                ) from error
-            _failed = True
-            warn_once(f"one of them failed ({text})")
-            if "backend" in options:
-                return op(*args, **{**options, "backend": "torch"})
-            return op(*args[:-1], "torch", **options)
+        # Triton launches on the current device, whatever the tensors' is.
+        with torch.cuda.device(x.device) if x.is_cuda and x.device.type == "cuda" else contextlib.nullcontext():
+            try:
+                return op(x, *args, **options)
+            except KernelError as error:
+                if options.get("backend", args[-1] if args else None) != "auto":
+                    raise KernelError(
+                        f"tritonmargin: a kernel failed ({error}). tm.use_backend('torch') does without the kernels; "
+                        "please report the error with the GPU's name and the versions of torch and triton."
+                    ) from error
+                warn_once(f"one of them failed ({error})")
+                _failed = True
+                if "backend" in options:
+                    return op(x, *args, **{**options, "backend": "torch"})
+                return op(x, *args[:-1], "torch", **options)
 
     return run

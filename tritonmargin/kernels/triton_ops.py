@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tritonmargin.kernels import KernelError
 from tritonmargin.kernels.tiles import Tiles, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
 from tritonmargin.kernels.variants import (
@@ -41,6 +42,7 @@ from tritonmargin.kernels.variants import (
 # Elementwise work costs no pass over memory here: no second tile for it, no rows beside those of the products.
 FUSED = True
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARES = {"exp": exp_term, "softmax": softmax_term, "hinge": hinge_slope_term}
 
 
@@ -61,6 +63,17 @@ def writable_cache() -> None:
 
 
 writable_cache()
+
+
+def call(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Launch; whatever keeps a kernel from being compiled or launched is a `KernelError`."""
+    try:
+        kernel[(programs,)](*args, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise KernelError(f"{type(error).__name__}: {str(error).strip()[-500:]}") from error
+
 
 # -- prepare_rows ------------------------------------------------------------------------------------------------
 
@@ -119,8 +132,9 @@ def prepare_rows(
     exact = None if wide is None else rows if wide.dtype == rows.dtype else wide[:k]
     inverse = torch.empty(k, dtype=torch.float32, device=weight.device) if unit else None
     block_k, block_d, warps = row_block(d)
-    prepare_kernel[(triton.cdiv(k, block_k),)](
-        source, ids, rows, None if exact is rows else exact, inverse, k, *source.stride(), rows.stride(0),
+    call(
+        prepare_kernel, triton.cdiv(k, block_k), source, ids, rows, None if exact is rows else exact, inverse, k,
+        *source.stride(), rows.stride(0),
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit, num_warps=warps,
     )  # fmt: skip
     return Rows(rows, exact, inverse, source, ids)
@@ -133,11 +147,14 @@ def prepare_rows(
 def tile_kernel(
     x, rows, bias, target, numbers, tile, out, n, k, start, stride_x, stride_rows, stride_tile,
     EPILOGUE: tl.constexpr, OPTIONS: tl.constexpr, READY: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z = x w'^T + b, -inf at the targets, one tile after the other; what becomes of it is the epilogue's."""
     tiles_n = tl.cdiv(n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_n * tl.cdiv(k, BLOCK_C), tl.num_programs(0)):
+    tiles = tiles_n * tl.cdiv(k, BLOCK_C)
+    # SPECIALISED: some warps multiply the next tile while the others are at the epilogue of this one.
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALISED):
         # Tiles of the same classes follow each other: their rows are read once.
         first_n, slot = (index % tiles_n) * BLOCK_N, index // tiles_n
         first_c = slot * BLOCK_C
@@ -238,7 +255,8 @@ def reduce_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask,
 def weigh_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask, shift, out, SHARE: tl.constexpr):
     """P = dL/dz without the factors that only depend on the sample; and its sum with them, for the bias."""
     share, stride_share, factor, by_class = out
-    value = SHARE(z, tl.load(shift + sample, mask=sample < n, other=0.0)[:, None])
+    # Beyond the last sample z is the bias alone: exp(z - inf) = 0 whatever it is.
+    value = SHARE(z, tl.load(shift + sample, mask=sample < n, other=float("inf"))[:, None])
     place = sample[:, None].to(tl.int64) * stride_share + column[None, :]
     tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)
     if by_class is not None:
@@ -317,15 +335,19 @@ def launch(
     (n, d), k = x.shape, len(rows)
     tiles = tiles_for(x, k)
     count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
+    if not count:
+        return
     described = tiles.descriptors and not ready and can_describe(x) and can_describe(rows)
     a, b = x, rows
     if described:
         a = TensorDescriptor.from_tensor(x, [tiles.block_n, tiles.block_d])
         b = TensorDescriptor.from_tensor(rows, [tiles.block_c, tiles.block_d])
-    tile_kernel[(min(count, tiles.programs) if tiles.programs else count,)](
-        a, b, bias, target, numbers, tile, out, n, k, start, x.stride(0), rows.stride(0),
-        1 if tile is None else tile.stride(1),
-        EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described, PRECISION=precision(x.dtype),
+    call(
+        tile_kernel, min(count, tiles.programs) if tiles.programs else count, a, b, bias, target, numbers, tile, out,
+        n, k, start, x.stride(0), rows.stride(0), 1 if tile is None else tile.stride(1),
+        EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described,
+        PRECISION=precision(x.dtype, device_of(x).target),
+        SPECIALISED=tiles.specialised and described and TRITON >= (3, 7),  # 3.6 fails to partition the loop
         D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
         num_warps=tiles.warps, num_stages=tiles.stages, **({"maxnreg": tiles.registers} if tiles.registers else {}),
     )  # fmt: skip
@@ -357,13 +379,16 @@ def can_describe(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and line % 16 == 0 and matrix.data_ptr() % 16 == 0 and line > 0
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, target: str) -> str:
     """How float32 operands are multiplied: as torch multiplies them, see `torch.set_float32_matmul_precision`.
 
-    "highest" (torch's default) is IEEE float32; "high" and "medium" round the operands to TF32 (10 bits of mantissa,
-    about 1e-3), several times faster. bfloat16 and float16 are exact operands either way.
+    "highest" (torch's default) is IEEE float32; "high" and "medium", or `torch.backends.cuda.matmul.fp32_precision` =
+    "tf32", round the operands to TF32 (10 bits of mantissa, about 1e-3), several times faster. bfloat16 and float16 are
+    exact operands either way. Of AMD's targets only gfx942 has TF32.
     """
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    if dtype != torch.float32 or (target.startswith("gfx") and target != "gfx942"):
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # -- finish_rows -------------------------------------------------------------------------------------------------
@@ -452,8 +477,8 @@ def finish_rows(
     k, d = prepared.rows.shape
     block_k, block_d, warps = row_block(d)
     n = len(shares[0].row) if shares else 0 if norm_shares is None else len(norm_shares.row)
-    finish_kernel[(triton.cdiv(k, block_k),)](
-        product, prepared.weight, prepared.ids, prepared.inverse, out, place,
+    call(
+        finish_kernel, triton.cdiv(k, block_k), product, prepared.weight, prepared.ids, prepared.inverse, out, place,
         tuple(share.sorted for share in shares), None if norm_shares is None else norm_shares.sorted, mean, factor,
         n, k, start, 1 if product is None else product.stride(0), *prepared.weight.stride(), out.stride(0),
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
