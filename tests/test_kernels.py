@@ -534,9 +534,11 @@ def test_ttsem_stops_at(
 
     old, new, message = MISTAKES[mistake]
     broken(tmp_path, monkeypatch, old, new)
-    with pytest.raises(kernels.KernelError, match=message) as found:
+    with pytest.raises(kernels.KernelError) as found:
         loss_and_gradients(5, 16, 197, tm.CosFace(s=8.0), class_ids=torch.arange(197), chunk_bytes=10**6)
-    assert isinstance(found.value.__cause__.__cause__, KernelFault)
+    fault = found.value.__cause__.__cause__
+    assert isinstance(fault, KernelFault)
+    assert message in str(fault)
 
 
 def test_memory_that_nobody_wrote_is_not_a_number(ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
