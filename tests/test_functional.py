@@ -23,6 +23,7 @@ from cases import (
     every_objective,
     made,
     oracle,
+    precise,
     problem,
     run,
     streamed,
@@ -283,6 +284,27 @@ def test_mixed_dtypes(kind: str, of_x: torch.dtype, of_w: torch.dtype) -> None:
     for key, value in ours.items():
         error, size = (value.double() - expected[key]).norm(), expected[key].norm()
         assert error <= 2.0 * s * eps * size, (key, error / size)
+
+
+@every_backend
+@every_objective
+@every_kind
+def test_statistics_change_no_gradient(kind: str, objective: str, backend: str) -> None:
+    """Of a logsumexp that is only returned there is no gradient, and none of a batch without samples."""
+    whole = problem(6, 9, 131, seed=6).to(precise(backend)[0])
+    for given in (whole, replace(whole, x=whole.x[:0], y=whole.y[:0])):
+        found = []
+        for stats in (False, True):
+            x, w = given.x.clone().requires_grad_(), given.w.clone().requires_grad_()
+            with tm.use_backend(backend):
+                loss = tm.margin_cross_entropy(
+                    x, w, given.y, KINDS[kind], objective=objective, return_stats=stats, reduction="sum", chunk_bytes=1
+                )
+            value = loss[0] if stats else loss
+            found.append((value.detach(), *torch.autograd.grad(value, (x, w))))
+        for ours, other in zip(*found, strict=True):
+            # The bounded logsumexp and the one beside a hardest class or a hinge are the same numbers.
+            assert_rows_close(ours, other, 1e-5, 1e-9)
 
 
 @every_kind
