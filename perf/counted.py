@@ -10,13 +10,16 @@ kernels, and those that are left to torch.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -134,4 +137,6 @@ def table() -> pd.DataFrame:
     from ttsem import sanitize
 
     with sanitize.session(cc=90):
-        return pd.concat([compare(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)], ignore_index=True)
+        found = pd.concat([compare(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)], ignore_index=True)
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "ttsem": version("ttsem")}
+    return found.assign(date=time.strftime("%Y-%m-%d"), **versions)

@@ -8,12 +8,14 @@ schedules with the same model. Whatever is called predicted was not measured.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+import triton
 
 from perf import static
 from perf.compiled import MATRIX, Compiled, compiling_for
@@ -265,8 +267,8 @@ def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
                "bound_by", "predicted_us"]  # fmt: skip
     text = f"""# The kernels, compiled and costed; not run on a GPU
 
-Written by `python -m perf audit`. Every kernel was compiled by Triton for each target as the stream launches it, and
-read back as machine code. **Nothing here was measured on a GPU**: times are predicted by the model of
+Written by `python -m perf audit` on {time.strftime("%Y-%m-%d")} with triton {triton.__version__}.
+Every kernel was compiled by Triton for each target as the stream launches it, and read back as machine code. **Nothing here was measured on a GPU**: times are predicted by the model of
 `perf/static.py` from the published rates of `perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak.
 
 ## Budgets

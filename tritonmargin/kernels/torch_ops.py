@@ -145,7 +145,8 @@ def weigh_chunk(
     Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
     the share, [K], before it is rounded.
     """
-    if kind == "exp" and factor is None:
+    if kind == "exp":
+        assert factor is None  # logits with a bias have no bound
         return (logits(rows, x, bias, target, start, tile).exp2_() if ready is None else ready), None
     z = logits(rows, x, bias, target, start, tile) if ready is None else ready
     if kind == "hinge":

@@ -306,7 +306,8 @@ def weigh_chunk(
     Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
     the share, [K], before it is rounded.
     """
-    if kind == "exp" and ready is not None and factor is None:
+    assert kind != "exp" or factor is None  # logits with a bias have no bound
+    if kind == "exp" and ready is not None:
         return ready, None
     n, k = len(x), len(rows)
     by_class = None

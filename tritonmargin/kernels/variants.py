@@ -14,7 +14,7 @@ except ImportError:  # the torch backend needs no Triton
         jit = staticmethod(lambda function: function)
 
 
-def hinge(tile: Tensor, threshold: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # [K, N], [N] -> [1, N], [1, N]
+def hinge(tile: Tensor, threshold: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # [K, N], [N] -> [N], [N]
     """sum_j relu(z_ij - threshold_i), the multi-class SVM's, and how many of its terms are positive."""
     excess = torch.sub(tile, threshold, out=out).clamp_(min=0.0)
     return excess.sum(dim=0), (excess != 0).sum(dim=0).to(excess.dtype)
