@@ -268,8 +268,9 @@ def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
     text = f"""# The kernels, compiled and costed; not run on a GPU
 
 Written by `python -m perf audit` on {time.strftime("%Y-%m-%d")} with triton {triton.__version__}.
-Every kernel was compiled by Triton for each target as the stream launches it, and read back as machine code. **Nothing here was measured on a GPU**: times are predicted by the model of
-`perf/static.py` from the published rates of `perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak.
+Every kernel was compiled by Triton for each target as the stream launches it, and read back as machine code. **Nothing
+here was measured on a GPU**: times are predicted by the model of `perf/static.py` from the published rates of
+`perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak.
 
 ## Budgets
 
