@@ -1,0 +1,242 @@
+"""Optimisers for class weights of which a step sees a sample of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonmargin.kernels.torch_ops import accumulate
+from tritonmargin.kernels.updates import RowUpdate, update_rows
+
+UNSAMPLED = ("frozen", "decay")
+CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the precision of sums
+
+
+class NoGradient(Tensor):
+    """What stands in `weight.grad` after the rows were updated in backward: it says why there is nothing to use."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise RuntimeError(
+            "tritonmargin: this weight has no gradient, its rows were updated during backward (update_in_backward). "
+            "So the gradient can be neither clipped, nor unscaled by a GradScaler, nor accumulated over several "
+            "backwards. Use the optimizer without update_in_backward, with sparse_grad=True, for that."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return "NoGradient()"
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """What the two optimisers share: rows with a gradient, rows without, and the update inside backward."""
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if defaults["unsampled"] not in UNSAMPLED:
+            raise ValueError(f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {defaults['unsampled']!r}")
+        if defaults["state_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"state_dtype must be float32, bfloat16, float64 or None, got {defaults['state_dtype']}")
+        super().__init__(params, defaults)
+
+    def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
+        """The rule's name, its numbers, and how many matrices of state it needs."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows of every gradient, sparse or dense; those of `update_in_backward` are done already."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                grad = weight.grad
+                if isinstance(grad, NoGradient):
+                    weight.grad = None
+                elif grad is not None:
+                    self.apply(weight, grad)
+        return loss
+
+    def apply(self, weight: Tensor, grad: Tensor) -> None:
+        """One update of `weight` by its gradient."""
+        update = self.begin(weight)
+        ids = None
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            ids, grad = grad.indices()[0], grad.values()
+        for rows in self.chunks(weight, len(grad)):
+            # A copy: an optimiser leaves gradients as they are.
+            part = grad[rows].to(accumulate(weight.dtype), copy=True)
+            update_rows(update, rows if ids is None else ids[rows], part.reshape(len(part), -1) if weight.ndim == 1 else part)
+        self.finish(update, ids)
+
+    def begin(self, weight: Tensor) -> RowUpdate:
+        """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`."""
+        group = self.group_of(weight)
+        rule, numbers, matrices = self.rule(group)
+        state = self.state[weight]
+        if not state:
+            dtype = group["state_dtype"] or accumulate(weight.dtype)
+            state["step"] = torch.tensor(0, dtype=torch.int64)
+            for name in self.state_names[:matrices]:
+                state[name] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
+            if rule == "adamw":
+                state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        step = int(state["step"])
+        state["step"] += 1
+        return RowUpdate(
+            rule=rule,
+            weight=matrix(weight.detach()),
+            numbers=numbers,
+            state=tuple(matrix(state[name]) for name in self.state_names if name in state),
+            steps=state.get("row_steps"),
+            seed=seed_of(group["seed"], step, getattr(weight, "first_class", 0)) if group["stochastic_rounding"] else None,
+            unsampled=group["unsampled"],
+        )
+
+    def finish(self, update: RowUpdate, ids: Tensor | None) -> None:
+        """Rows that had no gradient: `ids` are those that had one, None: all."""
+        if ids is None or update.unsampled == "frozen":
+            return
+        weight = update.weight
+        sampled = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        sampled[ids] = True
+        for rows in self.chunks(weight, len(weight)):
+            others = (~sampled[rows]).nonzero().squeeze(1) + rows.start
+            zero = torch.zeros(len(others), weight.shape[1], dtype=accumulate(weight.dtype), device=weight.device)
+            update_rows(update, others, zero)
+
+    def chunks(self, weight: Tensor, count: int) -> Iterator[slice]:
+        size = max(1, CHUNK_BYTES // (4 * max(1, weight[:1].numel())))
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def group_of(self, weight: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(param is weight for param in group["params"]):
+                return group
+        raise ValueError("update_in_backward: the optimizer has no such parameter; make it from head.parameters()")
+
+
+class RowSGD(RowOptimizer):
+    """`torch.optim.SGD` for gradients of some rows.
+
+        g = dL/dw + weight_decay w;  buffer = momentum buffer + g;  w -= lr buffer
+
+    and w -= lr (g + momentum buffer) with nesterov. State: one matrix like the weight, if momentum is not 0.
+
+    Args:
+        params: matrices [C, D] (vectors count as rows of one number).
+        lr: learning rate.
+        momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
+        unsampled: what becomes of rows that a sparse gradient does not name. "frozen": nothing, momentum and weight
+            decay wait until the row is sampled again. "decay": what dense training does with a gradient of 0, at the
+            cost of a pass over all rows.
+        state_dtype: of the momentum; default: float32 (float64 for float64 weights).
+        stochastic_rounding: bfloat16 weights and state are rounded up or down by chance, right on average, so that
+            small updates are not lost.
+        seed: of that chance.
+
+    Raises:
+        ValueError: a number out of range, an unknown name.
+    """
+
+    state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        unsampled: str = "frozen",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            at_least_zero(name, value)
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum > 0")
+        super().__init__(
+            params,
+            dict(
+                lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, unsampled=unsampled,
+                state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
+            ),
+        )  # fmt: skip
+
+    def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
+        numbers = (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
+        return "sgd", tuple(map(float, numbers)), int(group["momentum"] != 0)
+
+
+class RowAdamW(RowOptimizer):
+    """`torch.optim.AdamW` for gradients of some rows, each row with its own step count for the bias correction.
+
+    State: two matrices like the weight and an int32 per row.
+
+    Args:
+        params: matrices [C, D] (vectors count as rows of one number).
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        unsampled, state_dtype, stochastic_rounding, seed: as in `RowSGD`.
+
+    Raises:
+        ValueError: a number out of range, an unknown name.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        unsampled: str = "frozen",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            at_least_zero(name, value)
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas!r}")
+        super().__init__(
+            params,
+            dict(
+                lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, unsampled=unsampled,
+                state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
+            ),
+        )  # fmt: skip
+
+    def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        return "adamw", tuple(map(float, numbers)), 2
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """[C, D]: a vector counts as rows of one number."""
+    return tensor[:, None] if tensor.ndim == 1 else tensor
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, another one for every combination: a resumed run draws what it would have."""
+    seed = 0
+    for number in numbers:
+        seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % (1 << 63)
+        seed ^= seed >> 29
+    return seed
+
+
+def at_least_zero(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
