@@ -174,6 +174,7 @@ FORWARD = {
     "hinge": {"bounded": False, "threshold": True, "want_rest": False},
     "max": {"bounded": False, "want_rest": False, "want_hardest": True},
     "bfloat16": {"dtype": torch.bfloat16},
+    "offset": {"class_ids": True, "offset": True},
     "permuted": {},
 }
 
@@ -191,11 +192,12 @@ def op_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
     given = problem(5, 7, CLASSES, bias=True).to(torch.float32)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()
     options: dict[str, object] = {
-        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "unit": True, "bounded": True,
-        "want_rest": True, "want_hardest": False, "sparse": False, "dtype": torch.float32, "chunk_bytes": 1,
-        "retain_bytes": 0, "backend": "torch", **FORWARD[name],
+        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "offset": None, "unit": True,
+        "bounded": True, "want_rest": True, "want_hardest": False, "sparse": False, "dtype": torch.float32,
+        "chunk_bytes": 1, "retain_bytes": 0, "backend": "torch", **FORWARD[name],
     }  # fmt: skip
     tensors = {"class_ids": ids, "bias": given.bias, "class_weight": torch.rand(CLASSES), "threshold": given.upstream}
+    tensors["offset"] = torch.rand(len(ids))
     options |= {key: value for key, value in tensors.items() if options[key]}
     row = given.y if options["class_ids"] is None else torch.searchsorted(ids, given.y)
     x, w = given.x, given.w
@@ -215,7 +217,7 @@ def test_opcheck_of_its_backward(name: str) -> None:
     kind = "hinge" if len(hinge) else "exp" if options["bounded"] else "softmax"
     g = torch.linspace(-1.0, 1.0, 5)
     arguments = (
-        x, w, row, options["class_ids"], options["bias"], options["class_weight"],
+        x, w, row, options["class_ids"], options["bias"], options["class_weight"], options["offset"],
         {"hinge": options["threshold"], "exp": out.total, "softmax": rest if len(rest) else None}[kind],
         hardest_row, mean_row, out.retained,
         None if name == "max" else g, g, g / out.target_norm, g if len(mean_row) else None,

@@ -22,6 +22,7 @@ from cases import (
     every_objective,
     made,
     oracle,
+    precise,
     problem,
     streamed,
 )
@@ -135,9 +136,9 @@ def test_both_paths_are_the_same_function(dtype: torch.dtype, s: float, backend:
 def op_options(dtype: torch.dtype, **changed: object) -> dict[str, object]:
     """Arguments of the op after x, W and the target, as for a plain logsumexp."""
     return {
-        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "unit": True, "bounded": True,
-        "want_rest": True, "want_hardest": False, "sparse": False, "dtype": dtype, "chunk_bytes": 1, "retain_bytes": 0,
-        "backend": "torch", **changed,
+        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "offset": None, "unit": True,
+        "bounded": True, "want_rest": True, "want_hardest": False, "sparse": False, "dtype": dtype, "chunk_bytes": 1,
+        "retain_bytes": 0, "backend": "torch", **changed,
     }  # fmt: skip
 
 
@@ -294,6 +295,26 @@ def test_the_hardest_of_all_slots() -> None:
     assert found.tolist() == [4, 9, -1, -1, 7]
 
 
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("retain", [0, 10**6])
+@every_backend
+def test_an_offset_is_a_bias_of_the_walked_rows(bounded: bool, retain: int, backend: str) -> None:
+    dtype, size = precise(backend)
+    given = problem(6, 9, CLASSES)
+    ids = torch.cat([given.y, torch.arange(0, CLASSES, 3, device=given.y.device)]).unique()
+    row, offset = torch.searchsorted(ids, given.y), made(len(ids), seed=9).to(dtype)
+    bias = torch.zeros(CLASSES, dtype=dtype, device=ids.device)
+    bias[ids] = offset
+    found = []
+    for options in ({"offset": offset, "bounded": bounded, "retain_bytes": retain}, {"bias": bias, "bounded": False}):
+        x, w = given.x.to(dtype).requires_grad_(), given.w.to(dtype).requires_grad_()
+        out = stream(x, w, row, **op_options(dtype, class_ids=ids, backend=backend, want_hardest=True, **options))
+        grads = torch.autograd.grad(out.rest @ given.upstream.to(dtype), (x, w))
+        found.append((out.rest, out.hardest_row, *grads))
+    for ours, expected in zip(*found, strict=True):
+        assert_rows_close(ours, expected, size * 1e-11, size * 1e-12)
+
+
 FAKED = {
     "bounded": {},
     "retained": {"retain_bytes": 10**6},
@@ -301,6 +322,7 @@ FAKED = {
     "biased": {"bias": True, "bounded": False, "unit": False},
     "hinge": {"threshold": True, "bounded": False, "want_rest": False},
     "sampled": {"class_ids": True},
+    "offset": {"class_ids": True, "offset": True},
     "sparse": {"class_ids": True, "sparse": True},
     "everything sparse": {"sparse": True},
     "hardest only": {"want_rest": False, "want_hardest": True, "bounded": False},
@@ -313,15 +335,17 @@ def test_fake_outputs_look_like_real_ones(name: str) -> None:
     """Shapes and dtypes that the ops promise to a compiler, forward and backward, each gradient asked for or not."""
     given = problem(6, 9, CLASSES, bias=True).to(torch.float32)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()
-    tensors = {"class_ids": ids, "bias": given.bias, "class_weight": made(CLASSES).float(), "threshold": given.upstream}
+    tensors = {"class_ids": ids, "bias": given.bias, "class_weight": made(CLASSES).float(), "threshold": given.upstream,
+               "offset": made(len(ids)).float()}  # fmt: skip
     asked = {key: tensors[key] if value is True and key in tensors else value for key, value in FAKED[name].items()}
     options = op_options(torch.float32, **asked)
     forward = (given.x, given.w, given.y % 3, options)
     real = Streamed(*torch.ops.tritonmargin.stream(*forward[:3], **options))
     saved = [given.x, given.w, given.y % 3, options["class_ids"], options["bias"], options["class_weight"]]
+    saved += [options["offset"]]
     saved += [real.total if options["bounded"] else real.rest if options["want_rest"] else None]
     saved += [real.hardest_row, real.mean_row, real.retained]
-    g = [given.upstream if saved[6] is not None else None, given.upstream, None, None, None]
+    g = [given.upstream if saved[7] is not None else None, given.upstream, None, None, None]
     mode = FakeTensorMode()
 
     def fake(value: object) -> object:

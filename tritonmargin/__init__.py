@@ -1,6 +1,6 @@
 """tritonmargin: softmax cross-entropy with margins over millions of classes, without the N x C logits."""
 
-from tritonmargin import reference
+from tritonmargin import optim, reference
 from tritonmargin.functional import Stats, linear_cross_entropy, margin_cross_entropy
 from tritonmargin.kernels import use_backend
 from tritonmargin.margins import (
@@ -41,6 +41,7 @@ __all__ = [
     "WarmUp",
     "linear_cross_entropy",
     "margin_cross_entropy",
+    "optim",
     "reference",
     "sample_classes",
     "use_backend",

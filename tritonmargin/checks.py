@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tritonmargin.margins import Margin
 from tritonmargin.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from tritonmargin.optim import RowOptimizer
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,6 +32,9 @@ def check_call(
     sub_centers: int,
     retain_bytes: int,
     chunk_bytes: int | None,
+    logq_correction: bool = False,
+    updater: RowOptimizer | None = None,
+    sharded: bool = False,
 ) -> None:
     """Everything that shapes, dtypes and devices can tell. What labels hold is looked at in `positions`."""
     check_matrix("embeddings", embeddings, "[N, D]")
@@ -36,7 +43,7 @@ def check_call(
     classes = weight.shape[0]
     if weight.shape[1] != d:
         raise ValueError(f"embeddings and weight must have the same width D, got {d} and {weight.shape[1]}")
-    if d < 1 or classes < 1:
+    if d < 1 or (classes < 1 and not sharded):
         raise ValueError(f"weight must have at least one class and one column, got shape {tuple(weight.shape)}")
     check_integers("target", target)
     if target.ndim != 1 or target.shape[0] != n:
@@ -60,6 +67,9 @@ def check_call(
         if tensor is not None and tensor.device != embeddings.device:
             raise ValueError(f"{name} is on {tensor.device}, embeddings on {embeddings.device}: use one device")
     check_options(margin, label_smoothing, reduction, objective, sub_centers)
+    check_sampling(logq_correction, label_smoothing, objective)
+    if updater is not None:
+        updater.check_weight(weight)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     for name, size in (("retain_bytes", retain_bytes), ("chunk_bytes", 1 if chunk_bytes is None else chunk_bytes)):
@@ -81,6 +91,18 @@ def check_options(margin: Margin, label_smoothing: float, reduction: str, object
         raise ValueError(f"label_smoothing is defined for objective 'softmax' only, got objective {objective!r}")
     if sub_centers != 1:
         raise ValueError(f"sub_centers is 1 in this version, got {sub_centers!r}")
+
+
+def check_sampling(logq_correction: bool, label_smoothing: float, objective: str) -> None:
+    """What the correction of a sample's sum of exp(z) goes with."""
+    if not logq_correction:
+        return
+    if objective not in ("softmax", "lse-hinge"):
+        raise ValueError(
+            f"logq_correction is for the logsumexp of objectives 'softmax' and 'lse-hinge', got objective {objective!r}"
+        )
+    if label_smoothing:
+        raise ValueError("logq_correction with label_smoothing is not defined: the smoothed part is a mean, not a sum")
 
 
 def check_name(argument: str, value: str, known: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from tritonmargin.kernels import current_backend
 from tritonmargin.kernels.torch_ops import accumulate, inverse_norm
 from tritonmargin.margins import Margin, Softmax, TargetRows
 from tritonmargin.objectives import OBJECTIVES, smoothed
+from tritonmargin.optim import RowOptimizer
+from tritonmargin.parallel import Shard, all_sum, all_sums, scale_gradient
+from tritonmargin.sampling import Sampler
 from tritonmargin.stream import Streamed, stream
 from tritonmargin.walk import is_bounded
 
@@ -44,6 +48,7 @@ def margin_cross_entropy(
     retain_bytes: int = 0,
     chunk_bytes: int | None = None,
     return_stats: bool = False,
+    logq_correction: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Cross-entropy (or a hinge) over C classes with a margin on the sample's own, without the N x C logits.
 
@@ -78,6 +83,9 @@ def margin_cross_entropy(
         retain_bytes: keep up to so many bytes of logits from forward to backward, which then need not be recomputed.
         chunk_bytes: how much memory a chunk of classes may take; default: a third of the last-level cache.
         return_stats: also return `Stats`, from the same pass.
+        logq_correction: class_ids are a uniform sample of S classes that holds the P distinct targets: adds
+            log((C - P)/(S - P)) to the logits of the walked classes that are nobody's target, so that the sum of
+            exp(z) over the sample estimates the one over all classes without bias. Also in `Stats`.
 
     Returns:
         A scalar, or [N] for "none"; with return_stats a pair (loss, Stats).
@@ -87,30 +95,90 @@ def margin_cross_entropy(
             the CPU always, on a GPU only with the environment variable TRITONMARGIN_DEBUG=1 (it costs a sync).
         RuntimeError: when the gradient is differentiated again.
     """
-    checks.check_call(
-        embeddings, weight, target, margin, bias, class_ids, class_weight, ignore_index, label_smoothing, reduction,
-        objective, sub_centers, retain_bytes, chunk_bytes,
+    return loss_of(
+        embeddings, weight, target, margin, bias, class_ids, sub_centers, class_weight, ignore_index, label_smoothing,
+        reduction, objective, sparse_grad, retain_bytes, chunk_bytes, return_stats, logq_correction,
     )  # fmt: skip
+
+
+def loss_of(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    bias: Tensor | None,
+    class_ids: Tensor | Sampler | None,
+    sub_centers: int,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    objective: str,
+    sparse_grad: bool,
+    retain_bytes: int,
+    chunk_bytes: int | None,
+    return_stats: bool,
+    logq_correction: bool,
+    updater: RowOptimizer | None = None,
+    shard: Shard | None = None,
+) -> Tensor | tuple[Tensor, Stats]:
+    """`margin_cross_entropy`, and what only a module can ask for.
+
+    class_ids: also a `Sampler`, which draws them when the targets of all ranks are known.
+    updater: an optimizer that updates the rows of `weight` while backward finishes their gradient.
+    shard: `weight`, `bias` and `class_weight` are this rank's rows of `shard.num_classes` classes, class_ids numbers
+        among them, and the loss that of all ranks' samples; with reduction "none" of this rank's.
+    """
+    ids = None if isinstance(class_ids, Sampler) else class_ids
+    try:
+        checks.check_call(
+            embeddings, weight, target, margin, bias, ids, class_weight, ignore_index, label_smoothing, reduction,
+            objective, sub_centers, retain_bytes, chunk_bytes, logq_correction, updater, shard is not None,
+        )  # fmt: skip
+        num_classes = weight.shape[0] if shard is None else shard.num_classes
+        label = checks.positions(target, None, num_classes, ignore_index)
+    except (TypeError, ValueError):
+        if shard is not None:
+            shard.announce_error(embeddings)
+        raise
     compute = torch.promote_types(embeddings.dtype, weight.dtype)
     device = embeddings.device.type
     if compute != torch.float64 and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
     backend = current_backend(embeddings.device, compute)
     if backend == "reference":
+        if shard is not None or updater is not None:
+            raise ValueError("the reference backend has neither process groups nor update_in_backward")
+        if isinstance(class_ids, Sampler):
+            class_ids = class_ids.draw(label, num_classes)
         return reference.margin_cross_entropy(
             embeddings, weight, target, margin, bias=bias, class_ids=class_ids, class_weight=class_weight,
             ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, objective=objective,
-            sparse_grad=sparse_grad, return_stats=return_stats,
+            sparse_grad=sparse_grad, return_stats=return_stats, logq_correction=logq_correction,
         )  # fmt: skip
 
     with torch.autocast(device, enabled=False):
-        row = checks.positions(target, class_ids, weight.shape[0], ignore_index)
-        valid = row >= 0
-        label = torch.where(valid, target, 0).long()
-        x, norm = scaled_rows(torch.where(valid[:, None], embeddings, 0.0).to(accumulate(compute)), margin)
-        # Not index_select: its backward adds with atomics on a GPU.
-        own_bias = None if bias is None else bias[label].to(x.dtype)
+        x = torch.where((label >= 0)[:, None], embeddings, 0.0).to(accumulate(compute))
+        batch = None
+        if shard is not None:
+            batch = shard.batch(embeddings)
+            x = scale_gradient(x, shard.world_size) if shard.gradient_for == "ddp" else x
+        x, norm = scaled_rows(x, margin)
+        if batch is not None:
+            x, norm, label = batch.gather_rows(x), batch.gather_numbers(norm), batch.gather(label)
+        valid = label >= 0
+        # The class's place among this rank's rows; -1: another rank's, or ignored.
+        own = label if shard is None else shard.own_labels(label)
+        if isinstance(class_ids, Sampler):
+            class_ids = class_ids.draw(own, weight.shape[0])
+        row = own if class_ids is None else checks.positions(own, class_ids, weight.shape[0], -1)
+        label = torch.where(valid, label, 0)
         walked = weight.shape[0] if class_ids is None else class_ids.shape[0]
+        offset, highest_offset = (
+            sampling_offset(row, walked, weight.shape[0], x.dtype) if logq_correction else (None, 0.0)
+        )
+        own_bias = None if bias is None else own_numbers(bias, own, x.dtype)
+        class_factor = None if class_weight is None else own_numbers(class_weight.detach(), own, x.dtype)
 
         others = OBJECTIVES[objective].others
         want_rest = others == "rest" or return_stats
@@ -118,12 +186,14 @@ def margin_cross_entropy(
         if others == "hinge":
             # The stream has to know t before it walks; its gradient is put back below.
             with torch.no_grad():
-                product, weight_norm = target_numbers(x, weight, label, margin)
-                threshold, _ = target_logit(margin, product, weight_norm, norm, label, own_bias)
+                product, weight_norm = target_numbers(x, weight, own, margin)
+                product, weight_norm, before = all_sums(shard, product, weight_norm, own_bias)
+                threshold, _ = target_logit(margin, product, weight_norm, norm, label, before)
         mean_weight = None
         if label_smoothing:
             ones = torch.ones(weight.shape[0], dtype=x.dtype, device=x.device)
-            mean_weight = (ones if class_weight is None else class_weight.detach().to(x.dtype)) / max(walked, 1)
+            mean_weight = ones if class_weight is None else class_weight.detach().to(x.dtype)
+            mean_weight = mean_weight / all_sum(shard, x.new_tensor(walked)).clamp(min=1)
         needs_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
         )
@@ -135,11 +205,12 @@ def margin_cross_entropy(
             bias=bias,
             class_weight=mean_weight,
             threshold=threshold,
+            offset=offset,
             unit=margin.unit_weight,
             bounded=others != "hinge"
             and want_rest
             and bias is None
-            and is_bounded(margin.logit_bound, walked, x.dtype),
+            and is_bounded(margin.logit_bound + highest_offset, walked, x.dtype),
             want_rest=want_rest,
             want_hardest=others == "hardest" or return_stats,
             sparse=sparse_grad,
@@ -147,30 +218,42 @@ def margin_cross_entropy(
             chunk_bytes=chunk_bytes or 0,
             retain_bytes=retain_bytes if needs_grad and others != "hardest" else 0,
             backend=backend,
+            updater=updater,
         )
-        t, plain = target_logit(margin, out.target_product, out.target_norm, norm, label, own_bias)
-        hardest = hardest_logit(out, bias, class_ids)
+        hardest, hardest_class = hardest_of(out, bias, offset, class_ids)
+        product, weight_norm, own_bias, class_factor = all_sums(
+            shard, out.target_product, out.target_norm, own_bias, class_factor
+        )
+        rest, hinge, violations = out.rest, out.hinge, out.violations
+        if shard is not None:
+            rest = shard.logsumexp(rest) if want_rest else rest
+            hinge, violations = (all_sum(shard, each) if others == "hinge" else each for each in (hinge, violations))
+            if len(hardest):
+                hardest, hardest_class = shard.hardest(hardest, hardest_class)
+        t, plain = target_logit(margin, product, weight_norm, norm, label, own_bias)
 
+        found = rest if others == "rest" else hardest
         if others == "hinge":
             # d/dt sum_j relu(z_j - t) = -violations. The value is the stream's alone.
-            found = out.hinge - out.violations * (t - t.detach())
-        else:
-            found = out.rest if others == "rest" else hardest
-        class_factor = torch.ones_like(norm) if class_weight is None else class_weight.detach()[label].to(norm.dtype)
+            found = hinge - violations * (t - t.detach())
+        class_factor = torch.ones_like(norm) if class_factor is None else class_factor.to(norm.dtype)
         class_factor = torch.where(valid, class_factor, 0.0)
         loss = OBJECTIVES[objective].loss(t, found) * class_factor
         if mean_weight is not None:
-            loss = smoothed(
-                loss, t, out.rest, *mean_logit(out, t, plain, label, bias, class_ids, mean_weight), label_smoothing
-            )
+            mean, own_share, total = mean_numbers(out, own, bias, class_ids, mean_weight)
+            mean, own_share, total = all_sums(shard, mean, own_share, total.expand_as(mean))
+            loss = smoothed(loss, t, rest, mean + (t - plain) * own_share, total, label_smoothing)
         loss = torch.where(valid, loss, 0.0)
         if reduction == "mean":
             loss = loss.sum() / class_factor.sum()
         elif reduction == "sum":
             loss = loss.sum()
+        elif batch is not None:
+            loss = batch.keep_own(loss)
         if not return_stats:
             return loss
-        return loss, statistics(t, plain, out, hardest, valid, class_ids)
+        stats = statistics(t, plain, rest, hardest, hardest_class, valid)
+        return loss, stats if batch is None else Stats(*(each[batch.own] for each in stats))
 
 
 def linear_cross_entropy(
@@ -226,9 +309,11 @@ def scaled_rows(x: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:  # [N, D] -
     return margin.s * unit, norm
 
 
-def target_numbers(x: Tensor, weight: Tensor, label: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
-    """x . w'_y and |w_y|, [N] each, from gathered rows."""
-    rows = weight.index_select(0, label).to(x.dtype)
+def target_numbers(x: Tensor, weight: Tensor, own: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
+    """x . w'_y and |w_y|, [N] each, from gathered rows; 0 where the class is not here."""
+    if not len(weight):
+        return x.new_zeros(len(x)), x.new_zeros(len(x))
+    rows = torch.where(own[:, None] >= 0, weight.index_select(0, own.clamp(min=0)).to(x.dtype), 0.0)
     norm = torch.linalg.vector_norm(rows, dim=1)
     product = (x * rows).sum(dim=1)
     return (product * inverse_norm(norm) if margin.unit_weight else product), norm
@@ -246,39 +331,59 @@ def target_logit(
     return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
 
 
-def hardest_logit(out: Streamed, bias: Tensor | None, class_ids: Tensor | None) -> Tensor:
-    """max_{j != y} z_j, [N], -inf where there is no other class."""
-    if bias is None or not out.hardest_row.numel():
-        return out.hardest_product
-    return out.hardest_product + bias[class_of(out.hardest_row.clamp(min=0), class_ids)].to(out.rest.dtype)
+def own_numbers(vector: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:  # [C], [N] -> [N]
+    """The numbers of the samples' classes, 0 where a class is not here."""
+    if not len(vector):
+        return own.new_zeros(own.shape, dtype=dtype)
+    # Not index_select: its backward adds with atomics on a GPU.
+    return torch.where(own >= 0, vector[own.clamp(min=0)].to(dtype), 0.0)
 
 
-def class_of(row: Tensor, class_ids: Tensor | None) -> Tensor:
-    """Class numbers of positions in the walk."""
-    return row if class_ids is None else class_ids[row]
-
-
-def mean_logit(
-    out: Streamed, t: Tensor, plain: Tensor, label: Tensor, bias: Tensor | None, class_ids: Tensor | None, a: Tensor
+def hardest_of(
+    out: Streamed, bias: Tensor | None, offset: Tensor | None, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """sum_c a_c z_c with z_y = t, [N], and sum_c a_c, over the walked classes; a carries 1/C."""
+    """max_{j != y} z_j and its class, [N]: -inf and -1 where there is no other class; empty if nobody asked."""
+    logit, row = out.hardest_product, out.hardest_row
+    if not row.numel():
+        return logit, row
+    place = row.clamp(min=0)
+    found = place if class_ids is None or not len(class_ids) else class_ids[place]
+    if bias is not None and len(bias):
+        logit = logit + bias[found].to(logit.dtype)
+    if offset is not None and len(offset):
+        logit = logit + offset[place]
+    return logit, torch.where(row >= 0, found, -1)
+
+
+def sampling_offset(row: Tensor, walked: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """log((C - P)/(S - P)) for each walked class that is nobody's target, 0 for the P others; and its bound."""
+    positive = torch.zeros(walked + 1, dtype=torch.bool, device=row.device)
+    positive[row] = True  # -1, no class, is the last place
+    positive = positive[:walked]
+    positives = positive.sum()
+    negatives = (walked - positives).clamp(min=1).to(dtype)
+    offset = torch.log((classes - positives).to(dtype) / negatives)
+    highest = math.log(max(classes, 1) / max(walked - len(row), 1))
+    return torch.where(positive, 0.0, offset), highest
+
+
+def mean_numbers(
+    out: Streamed, own: Tensor, bias: Tensor | None, class_ids: Tensor | None, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_c a_c z_c without margins [N], a_y [N], and sum_c a_c, over the walked classes; a carries 1/C."""
     walked = a if class_ids is None else a[class_ids]
-    mean = out.mean_product + (t - plain) * a[label]
+    mean = out.mean_product
     if bias is not None:
         mean = mean + (walked * (bias if class_ids is None else bias[class_ids])).sum()
-    return mean, walked.sum()
+    return mean, own_numbers(a, own, a.dtype), walked.sum()
 
 
 @torch.no_grad()
-def statistics(
-    t: Tensor, plain: Tensor, out: Streamed, hardest: Tensor, valid: Tensor, class_ids: Tensor | None
-) -> Stats:
-    row = out.hardest_row
-    classes = torch.where(row >= 0, class_of(row.clamp(min=0), class_ids) if row.numel() else row, -1)
+def statistics(t: Tensor, plain: Tensor, rest: Tensor, hardest: Tensor, hardest_class: Tensor, valid: Tensor) -> Stats:
     return Stats(
         target_logit=torch.where(valid, t, torch.nan),
-        rest_logsumexp=torch.where(valid, out.rest, torch.nan),
-        hardest_class=torch.where(valid, classes, -1),
+        rest_logsumexp=torch.where(valid, rest, torch.nan),
+        hardest_class=torch.where(valid, hardest_class, -1),
         hardest_logit=torch.where(valid, hardest, torch.nan),
         correct=valid & (plain > hardest),
     )

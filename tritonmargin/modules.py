@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from tritonmargin.checks import check_class_vector, check_options
-from tritonmargin.functional import Stats, margin_cross_entropy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tritonmargin.checks import check_class_vector, check_name, check_options, check_sampling
+from tritonmargin.functional import Stats, loss_of
+from tritonmargin.kernels.updates import mixed
 from tritonmargin.margins import ArcFace, Margin
+from tritonmargin.optim import RowOptimizer
+from tritonmargin.parallel import GRADIENT_FOR, Shard
+from tritonmargin.sampling import Sampler
+
+ON_NONFINITE = ("raise", "skip")
 
 
 class MarginSoftmaxLoss(nn.Module):
@@ -16,28 +26,48 @@ class MarginSoftmaxLoss(nn.Module):
     `head(embeddings, target)` is `tm.margin_cross_entropy(embeddings, head.weight, target, head.margin, ...)`.
 
     The weight starts as N(0, 0.01), as in the face recognition recipes, and the bias as 0. The state dict holds
-    `weight` and, if there is one, `bias`, and `class_weight`; never the margin's numbers.
+    `weight` and, if there is one, `bias`, `class_weight`, and the sampler's two numbers `sampler`; never the margin's
+    numbers.
+
+    **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step walks the classes of the
+    batch and random others, round(sample_rate C) in all or more if the batch has more, drawn anew in every forward.
+    In eval mode all classes are walked. `Stats` of a sampled step are about the walked classes only.
+
+    **Class sharding.** With `process_group` every rank holds the rows of a contiguous range of classes, split as
+    `torch.chunk` splits them, and calls the head with its own samples, as many as it has. The loss is that of the
+    samples of all ranks and the same number on every rank; every rank has to call backward on it. `weight.grad` is
+    the exact gradient for the rank's rows: do not average it, and keep the head out of DistributedDataParallel and
+    `fully_shard`. Each rank's rows start from random numbers of their own and draw samples of their own.
 
     Args:
         embedding_dim: D.
-        num_classes: C.
+        num_classes: C, of all ranks.
         margin: default `ArcFace(m=0.5, s=64)`.
-        sample_rate: fraction of the classes to walk in a step; only 1.0 in this version. Pass `class_ids` from
-            `tm.sample_classes` to walk some.
+        sample_rate: fraction of the classes to walk in a training step, in [0, 1]; 0: those of the batch.
+        logq_correction: correct the sampled sum of exp(z), see `tm.margin_cross_entropy`.
         sub_centers: rows a class; only 1 in this version.
         bias: whether logits have a bias.
         sparse_grad: the gradient of `weight` is sparse, with the walked rows only.
         retain_bytes: bytes of logits that may be kept from forward to backward (faster, more memory).
-        process_group: shards the classes; only None in this version.
+        process_group: a `torch.distributed` process group to shard the classes over.
+        gradient_for: "ddp", the default under a process group: the gradient of embeddings is the number of ranks
+            times that of the loss, since DistributedDataParallel and FSDP divide a backbone's gradients by it. "sum":
+            the gradient of the loss.
+        on_nonfinite: what to do when the loss is nan or inf, on all ranks alike: "raise" FloatingPointError, or
+            "skip": return it without a gradient for `weight` and with gradient 0 for embeddings. Both wait for the
+            device. None: nothing.
         class_weight: [C], multiplies the loss of the class's samples.
         ignore_index, label_smoothing, reduction, objective: see `tm.margin_cross_entropy`.
+        seed: of the class sampling.
         device, dtype: of weight and bias.
 
     Raises:
-        ValueError, TypeError: an option that does not fit, named.
+        ValueError, TypeError: an option that does not fit, named. Under a process group also on every rank whose
+            options are not those of the first rank.
     """
 
     class_weight: Tensor | None
+    sampler: Tensor | None
 
     def __init__(
         self,
@@ -46,16 +76,20 @@ class MarginSoftmaxLoss(nn.Module):
         margin: Margin | None = None,
         *,
         sample_rate: float = 1.0,
+        logq_correction: bool = False,
         sub_centers: int = 1,
         bias: bool = False,
         sparse_grad: bool = False,
         retain_bytes: int = 0,
-        process_group: object | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_for: str = "ddp",
+        on_nonfinite: str | None = None,
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         objective: str = "softmax",
+        seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,45 +99,75 @@ class MarginSoftmaxLoss(nn.Module):
                 raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
         margin = ArcFace() if margin is None else margin
         check_options(margin, label_smoothing, reduction, objective, sub_centers)
-        if sample_rate != 1.0:
-            raise ValueError(
-                f"sample_rate is 1.0 in this version, got {sample_rate!r}; pass class_ids to walk a sample"
-            )
-        if process_group is not None:
-            raise ValueError("process_group: sharding the classes is not part of this version")
+        check_sampling(logq_correction, label_smoothing, objective)
+        if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | float) or not 0.0 <= sample_rate <= 1.0:
+            raise ValueError(f"sample_rate must be a number between 0 and 1, got {sample_rate!r}")
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
+        check_name("gradient_for", gradient_for, GRADIENT_FOR)
+        if on_nonfinite is not None:
+            check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
         if class_weight is not None:
             check_class_vector("class_weight", class_weight, num_classes)
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         self.margin = margin
+        self.sample_rate = sample_rate
+        self.logq_correction = logq_correction
         self.sparse_grad = sparse_grad
         self.retain_bytes = retain_bytes
+        self.on_nonfinite = on_nonfinite
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.objective = objective
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.seed = seed
+        self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
+        self._updater: RowOptimizer | None = None
+        rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        if self.shard is not None:
+            class_weight = None if class_weight is None else class_weight[self.shard.start : self.shard.stop].clone()
+            for parameter in (self.weight, self.bias):
+                if parameter is not None:
+                    parameter.shard = self.shard  # type: ignore[attr-defined]
+            self.shard.check_agreement(self.description(), self.weight.device)
         self.register_buffer("class_weight", class_weight)
+        self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """weight ~ N(0, 0.01), bias = 0."""
-        nn.init.normal_(self.weight, std=0.01)
+        generator = None
+        if self.shard is not None and not self.weight.is_meta:
+            # Ranks are often seeded alike, and their rows must not be.
+            drawn = int(torch.randint(1 << 62, (1,), device="cpu"))
+            generator = torch.Generator(self.weight.device).manual_seed(mixed(drawn, self.shard.start))
+        nn.init.normal_(self.weight, std=0.01, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(
         self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Stats]:
-        """The loss of embeddings [N, D] with target [N]; with `return_stats` a pair (loss, Stats)."""
-        return margin_cross_entropy(
+        """The loss of embeddings [N, D] with target [N]; with `return_stats` a pair (loss, Stats).
+
+        class_ids: the classes to walk instead of those that `sample_rate` would draw; under a process group rows of
+            this rank.
+        """
+        ids: Tensor | Sampler | None = class_ids
+        if class_ids is None and self.sampler is not None and self.training:
+            first = 0 if self.shard is None else self.shard.start
+            ids = Sampler(self.sample_rate, self.sampler, first)
+        result = loss_of(
             embeddings,
             self.weight,
             target,
             self.margin,
             bias=self.bias,
-            class_ids=class_ids,
+            class_ids=ids,
+            sub_centers=1,
             class_weight=self.class_weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
@@ -111,18 +175,100 @@ class MarginSoftmaxLoss(nn.Module):
             objective=self.objective,
             sparse_grad=self.sparse_grad,
             retain_bytes=self.retain_bytes,
+            chunk_bytes=None,
             return_stats=return_stats,
+            logq_correction=self.logq_correction and ids is not None,
+            updater=self._updater,
+            shard=self.shard,
         )
+        if self.on_nonfinite is None:
+            return result
+        loss, stats = result if isinstance(result, tuple) else (result, None)
+        loss = self.if_finite(loss, embeddings)
+        return loss if stats is None else (loss, stats)
 
-    def extra_repr(self) -> str:
-        shown = {
-            "bias": (self.bias is not None, False),
+    def if_finite(self, loss: Tensor, embeddings: Tensor) -> Tensor:
+        """The loss; or what `on_nonfinite` says, on all ranks alike, if any rank's is nan or inf."""
+        bad = (~loss.detach().isfinite()).any().to(torch.float32)
+        if self.shard is not None and self.reduction == "none":
+            bad = self.shard.all_max(bad)
+        if not bool(bad):
+            return loss
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"the loss is {loss.detach().sum().item()}: nan or inf in some sample, on all ranks"
+            )
+        # Connected to the embeddings alone, so that a backbone's hooks run on every rank, with gradient 0.
+        nothing = torch.where(torch.zeros_like(embeddings, dtype=torch.bool), embeddings, 0.0).sum()
+        return loss.detach() + nothing.to(loss.dtype)
+
+    def update_in_backward(self, optimizer: RowOptimizer | None) -> None:
+        """Let `optimizer` update `weight` during backward, chunk by chunk: its C x D gradient never exists.
+
+        Each backward then is a step of the optimizer for `weight`; its `step()` still has to be called, for other
+        parameters and to say that the step is over. `weight` has no gradient, so that nothing can accumulate it over
+        several backwards, clip or unscale it: whoever tries gets an error. None ends it.
+
+        Raises:
+            TypeError: not an optimizer of `tm.optim`.
+            ValueError: the optimizer does not have `weight`.
+        """
+        if optimizer is not None:
+            if not isinstance(optimizer, RowOptimizer):
+                raise TypeError(f"update_in_backward needs tm.optim.RowSGD or RowAdamW, got {type(optimizer).__name__}")
+            optimizer.check_weight(self.weight)
+        self._updater = optimizer
+
+    # -- the state dict: tensors of all classes, whichever rank has which ------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard is None:
+            return
+        for name in ("weight", "bias", "class_weight"):
+            own = destination.get(prefix + name)
+            if own is not None:
+                destination[prefix + name] = self.shard.as_dtensor(own.detach())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = dict(state_dict)
+        for name in ("weight", "bias", "class_weight"):
+            value = given.get(prefix + name)
+            if isinstance(value, DTensor):
+                given[prefix + name] = value.to_local() if self.shard is not None else value.full_tensor()
+            elif self.shard is not None and isinstance(value, Tensor) and len(value) == self.num_classes:
+                given[prefix + name] = value[self.shard.start : self.shard.stop]
+        super()._load_from_state_dict(given, prefix, *args)
+
+    def description(self) -> dict[str, object]:
+        """What all ranks must agree on."""
+        return {
+            "embedding_dim": self.embedding_dim,
+            "num_classes": self.num_classes,
+            "dtype": str(self.weight.dtype),
+            "margin": repr(self.margin),
+            "bias": self.bias is not None,
+            "gradient_for": None if self.shard is None else self.shard.gradient_for,
+            **{name: value for name, (value, _) in self.settings().items()},
+        }
+
+    def settings(self) -> dict[str, tuple[object, object]]:
+        """Options by name, each with its default."""
+        return {
+            "sample_rate": (self.sample_rate, 1.0),
+            "logq_correction": (self.logq_correction, False),
             "objective": (self.objective, "softmax"),
             "label_smoothing": (self.label_smoothing, 0.0),
             "reduction": (self.reduction, "mean"),
             "ignore_index": (self.ignore_index, -100),
             "sparse_grad": (self.sparse_grad, False),
             "retain_bytes": (self.retain_bytes, 0),
+            "on_nonfinite": (self.on_nonfinite, None),
         }
+
+    def extra_repr(self) -> str:
+        shown = {"bias": (self.bias is not None, False), **self.settings()}
         changed = [f"{name}={value!r}" for name, (value, default) in shown.items() if value != default]
+        if self.shard is not None:
+            changed.append(f"classes {self.shard.start} to {self.shard.stop} of rank {self.shard.rank}")
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tritonmargin.kernels.torch_ops import accumulate
-from tritonmargin.kernels.updates import RowUpdate, update_rows
+from tritonmargin.kernels.updates import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")
 CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the precision of sums
@@ -39,7 +40,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if defaults["unsampled"] not in UNSAMPLED:
-            raise ValueError(f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {defaults['unsampled']!r}")
+            raise ValueError(
+                f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {defaults['unsampled']!r}"
+            )
         if defaults["state_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"state_dtype must be float32, bfloat16, float64 or None, got {defaults['state_dtype']}")
         super().__init__(params, defaults)
@@ -74,7 +77,9 @@ class RowOptimizer(torch.optim.Optimizer):
         for rows in self.chunks(weight, len(grad)):
             # A copy: an optimiser leaves gradients as they are.
             part = grad[rows].to(accumulate(weight.dtype), copy=True)
-            update_rows(update, rows if ids is None else ids[rows], part.reshape(len(part), -1) if weight.ndim == 1 else part)
+            update_rows(
+                update, rows if ids is None else ids[rows], part.reshape(len(part), -1) if weight.ndim == 1 else part
+            )
         self.finish(update, ids)
 
     def begin(self, weight: Tensor) -> RowUpdate:
@@ -97,7 +102,7 @@ class RowOptimizer(torch.optim.Optimizer):
             numbers=numbers,
             state=tuple(matrix(state[name]) for name in self.state_names if name in state),
             steps=state.get("row_steps"),
-            seed=seed_of(group["seed"], step, getattr(weight, "first_class", 0)) if group["stochastic_rounding"] else None,
+            seed=mixed(group["seed"], step, first_class(weight)) if group["stochastic_rounding"] else None,
             unsampled=group["unsampled"],
         )
 
@@ -112,6 +117,54 @@ class RowOptimizer(torch.optim.Optimizer):
             others = (~sampled[rows]).nonzero().squeeze(1) + rows.start
             zero = torch.zeros(len(others), weight.shape[1], dtype=accumulate(weight.dtype), device=weight.device)
             update_rows(update, others, zero)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; under class sharding matrices and step counts are tensors of all classes, for any ranks."""
+        saved = super().state_dict()
+        for place, weight in enumerate(self.parameters()):
+            shard = getattr(weight, "shard", None)
+            if shard is not None and place in saved["state"]:
+                own = saved["state"][place]
+                saved["state"][place] = {
+                    name: value if name == "step" else shard.as_dtensor(value) for name, value in own.items()
+                }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps its own dtype, which need not be the weight's."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for place, weight in enumerate(self.parameters()):
+            loaded = state_dict["state"].get(place, {})
+            for name, value in loaded.items():
+                value = value.to_local() if isinstance(value, DTensor) else value
+                if name != "step" and value.shape[:1] != weight.shape[:1]:
+                    raise ValueError(
+                        f"{name} has {len(value)} rows, the weight {len(weight)}: another number of classes"
+                    )
+                self.state[weight][name] = value.clone() if name == "step" else value.to(weight.device, copy=True)
+
+    def parameters(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
+    def check_weight(self, weight: Tensor) -> None:
+        """ValueError unless the optimizer has this parameter, and can write its rows."""
+        self.group_of(weight)
+        if not weight.is_contiguous():
+            raise ValueError("update_in_backward: weight must be contiguous")
+
+    def begin_in_backward(self, weight: Tensor) -> RowUpdate:
+        """`begin`, for a loss that updates rows while it finishes their gradient (`head.update_in_backward`)."""
+        if weight.grad is not None:
+            raise RuntimeError(
+                "tritonmargin: a second backward before the optimizer's step() or zero_grad(): update_in_backward "
+                "updates the rows in every backward and cannot accumulate gradients over several"
+            )
+        return self.begin(weight)
+
+    def finish_in_backward(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None:
+        """`finish`; leaves in weight.grad what says that there is none."""
+        self.finish(update, ids)
+        weight.grad = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
 
     def chunks(self, weight: Tensor, count: int) -> Iterator[slice]:
         size = max(1, CHUNK_BYTES // (4 * max(1, weight[:1].numel())))
@@ -228,13 +281,10 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor[:, None] if tensor.ndim == 1 else tensor
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, another one for every combination: a resumed run draws what it would have."""
-    seed = 0
-    for number in numbers:
-        seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % (1 << 63)
-        seed ^= seed >> 29
-    return seed
+def first_class(weight: Tensor) -> int:
+    """The first class of a rank's rows."""
+    shard = getattr(weight, "shard", None)
+    return 0 if shard is None else shard.start
 
 
 def at_least_zero(name: str, value: float) -> None:

@@ -28,7 +28,7 @@ GRADIENT_FOR = ("ddp", "sum")
 
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The classes [start, stop) of a rank, split as `torch.chunk` and DTensor's `Shard(0)` do: 10 over 4 is 3, 3, 3, 1."""
+    """The classes [start, stop) of a rank, as `torch.chunk` and DTensor's `Shard(0)` split: 10 over 4 is 3, 3, 3, 1."""
     size = -(-num_classes // world_size)
     return min(rank * size, num_classes), min((rank + 1) * size, num_classes)
 
@@ -44,7 +44,7 @@ class Shard:
     """
 
     def __init__(self, num_classes: int, group: dist.ProcessGroup | None = None, gradient_for: str = "ddp") -> None:
-        self.group = dist.group.WORLD if group is None else group
+        self.group = dist.distributed_c10d._get_default_group() if group is None else group
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise ValueError("process_group: this rank is not part of it")
@@ -52,23 +52,47 @@ class Shard:
         self.start, self.stop = shard_range(num_classes, self.rank, self.world_size)
         self.gradient_for = gradient_for
 
+    def check_agreement(self, description: dict[str, object], device: torch.device) -> None:
+        """ValueError on every rank, naming the difference, unless all ranks describe themselves alike."""
+        everyone: list[dict[str, object]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(everyone, description, group=self.group)
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0"
+                    )
+
     # -- samples of all ranks ------------------------------------------------------------------------------------
 
     def batch(self, embeddings: Tensor) -> Batch:
-        """How many samples each rank has."""
-        counts = self.gather_objectless(torch.tensor([len(embeddings)], device=embeddings.device))
-        return Batch(self, [int(count) for count in counts.tolist()])
+        """How many samples each rank has. Waits for the device: sizes of tensors follow from it."""
+        counts = self.exchange(len(embeddings), embeddings.device)
+        if min(counts) < 0:
+            raise RuntimeError(
+                f"tritonmargin: rank {counts.index(-1)} of the process group had an error before the loss, see there"
+            )
+        return Batch(self, counts)
 
-    def gather_objectless(self, own: Tensor) -> Tensor:  # [K] -> [world_size K]
-        out = own.new_empty(self.world_size * len(own))
-        dist.all_gather_into_tensor(out, own.contiguous(), group=self.group)
-        return out
+    def announce_error(self, embeddings: Tensor) -> None:
+        """Instead of `batch`: the other ranks raise rather than wait for this one."""
+        self.exchange(-1, embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu"))
+
+    def exchange(self, number: int, device: torch.device) -> list[int]:
+        own = torch.tensor([number], device=device)
+        out = own.new_empty(self.world_size)
+        dist.all_gather_into_tensor(out, own, group=self.group)
+        return [int(each) for each in out.tolist()]
+
+    def own_labels(self, label: Tensor) -> Tensor:
+        """Class numbers among this rank's rows, -1 for other ranks' classes and for -1."""
+        return torch.where((label >= self.start) & (label < self.stop), label - self.start, -1)
 
     # -- numbers per sample, replicated --------------------------------------------------------------------------
 
     def all_sum(self, numbers: Tensor) -> Tensor:
         """The sum over ranks; its gradient is replicated."""
-        return AllSum.apply(numbers, self.group)  # type: ignore[no-any-return]
+        return AllSum.apply(numbers, self.group)
 
     def all_max(self, numbers: Tensor) -> Tensor:
         """The largest over ranks, without a gradient."""
@@ -84,10 +108,19 @@ class Shard:
 
     def logsumexp(self, rest: Tensor) -> Tensor:
         """log of the sum of exp(rest) over ranks."""
-        highest = self.all_max(rest)
-        shift = torch.where(highest.isinf(), 0.0, highest)  # no class anywhere: -inf, and its gradient 0
-        total = self.all_sum(torch.exp(rest - shift))
-        return shift + total.log()
+        return AllLogSumExp.apply(rest, self)
+
+    def hardest(self, logit: Tensor, own_class: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit over ranks and its class number, the lowest of equal ones; own_class is this rank's."""
+        highest = self.all_max(logit)
+        absent = torch.iinfo(torch.int64).max
+        found = torch.where((logit == highest) & (own_class >= 0), own_class + self.start, absent)
+        lowest = self.all_min(found)
+        # The gradient goes to the rank that has the class. What is nan anywhere is nan everywhere.
+        mine = ((found == lowest) & (lowest != absent)) | logit.isnan()
+        value = self.all_sum(torch.where(mine, logit, 0.0))
+        nobody = (lowest == absent) & ~value.isnan()
+        return torch.where(nobody, -torch.inf, value), torch.where(lowest == absent, -1, lowest)
 
     # -- parameters ----------------------------------------------------------------------------------------------
 
@@ -119,15 +152,15 @@ class Batch:
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """All ranks' rows; the gradient is the sum over ranks, each rank's own rows of it."""
-        return GatherRows.apply(x, self)  # type: ignore[no-any-return]
+        return GatherRows.apply(x, self)
 
     def gather_numbers(self, numbers: Tensor) -> Tensor:
         """All ranks' numbers; the gradient is replicated."""
-        return GatherNumbers.apply(numbers, self)  # type: ignore[no-any-return]
+        return GatherNumbers.apply(numbers, self)
 
     def keep_own(self, numbers: Tensor) -> Tensor:
         """This rank's numbers of replicated ones; the gradients of all ranks together are the replicated gradient."""
-        return KeepOwn.apply(numbers, self)  # type: ignore[no-any-return]
+        return KeepOwn.apply(numbers, self)
 
     def gather(self, own: Tensor) -> Tensor:
         """[own count, ...] -> [all, ...], without a gradient. Shorter batches are padded on the way."""
@@ -184,6 +217,53 @@ class KeepOwn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.batch.gather(grad), None
+
+
+class AllLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, shard: Shard) -> Tensor:
+        highest = shard.all_max(rest)
+        shift = torch.where(highest == -torch.inf, 0.0, highest)  # no class anywhere
+        total = torch.exp(rest - shift)
+        dist.all_reduce(total, group=shard.group)
+        everywhere = shift + total.log()
+        ctx.save_for_backward(rest, everywhere)
+        return everywhere
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rest, everywhere = ctx.saved_tensors
+        shift = torch.where(everywhere == -torch.inf, 0.0, everywhere)
+        return grad * torch.exp(rest - shift), None
+
+
+class ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with `factor` times its gradient."""
+    return ScaleGradient.apply(x, factor)
+
+
+def all_sum(shard: Shard | None, numbers: Tensor) -> Tensor:
+    """The sum over ranks, if there are any."""
+    return numbers if shard is None else shard.all_sum(numbers)
+
+
+def all_sums(shard: Shard | None, *numbers: Tensor | None) -> Any:
+    """`all_sum` of several tensors [N] in one exchange; None stays None."""
+    if shard is None:
+        return numbers
+    sums = iter(shard.all_sum(torch.stack([each for each in numbers if each is not None])).unbind())
+    return tuple(None if each is None else next(sums) for each in numbers)
 
 
 class AllSum(torch.autograd.Function):

@@ -52,6 +52,7 @@ def margin_cross_entropy(
     retain_bytes: int = 0,
     chunk_bytes: int | None = None,
     return_stats: bool = False,
+    logq_correction: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """`tm.margin_cross_entropy` from full logits, O(N C) memory; its docstring has the formulas and the arguments.
 
@@ -77,6 +78,10 @@ def margin_cross_entropy(
         plain = (x_used * w_used[column]).sum(dim=1)  # [K]  the target's logit without margin and bias
         t = target_logit(margin, x, w[column], plain, y, kept, len(target)) + b[column]  # [K]
         full = torch.where(own, t[:, None], z)  # [K, S]  the logits with the margin in
+        if logq_correction:
+            positive = torch.isin(classes, y)  # [S]
+            ratio = (len(weight) - positive.sum()) / (~positive).sum()
+            z = z + torch.where(positive, 0.0, ratio.to(dtype).log())
         others = z.masked_fill(own, -math.inf)  # [K, S]
 
         if len(classes) < 2:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tritonmargin.checks import check_integers
+from tritonmargin.kernels.updates import mixed
 
 
 def sample_classes(
@@ -15,7 +18,8 @@ def sample_classes(
 
     Partial FC (An et al., 2021): the positives always, negatives uniformly without replacement, so that a step costs
     `num_samples` classes instead of C. Labels outside [0, num_classes), such as an ignore_index, are left out.
-    The result has max(num_samples, number of distinct positives) classes. O(num_classes) memory.
+    The result has max(num_samples, number of distinct positives) classes. Time and memory follow the sample's size,
+    not C. On a GPU it waits for the device: the sizes of sets are data.
 
     Args:
         target: [N] integer class numbers.
@@ -36,9 +40,70 @@ def sample_classes(
     if num_samples > num_classes:
         raise ValueError(f"num_samples must be <= num_classes = {num_classes}, got {num_samples}")
     positives = target[(target >= 0) & (target < num_classes)].long().unique()
-    if len(positives) >= num_samples:
+    missing = num_samples - len(positives)
+    if missing <= 0:
         return positives
-    # Positives are given a key above every random one; the largest num_samples keys win.
-    key = torch.rand(num_classes, generator=generator, device=target.device)
-    key[positives] = 2.0
-    return key.topk(num_samples).indices.sort().values
+    if 2 * num_samples <= num_classes:
+        negatives = random_others(positives, num_classes, missing, generator)
+        return torch.cat([positives, negatives]).sort().values
+    # Most classes: cheaper to draw those that are left out.
+    out = random_others(positives, num_classes, num_classes - num_samples, generator)
+    kept = torch.ones(num_classes, dtype=torch.bool, device=target.device)
+    kept[out] = False
+    return kept.nonzero().squeeze(1)
+
+
+def random_others(positives: Tensor, num_classes: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` distinct classes, none of them positive, every such set with the same probability.
+
+    Draws with replacement until enough distinct ones are there, then leaves random ones out: nothing in this tells one
+    class from another, and it takes memory for the sample alone.
+    """
+    free = num_classes - len(positives)
+    found = positives.new_empty(0)
+    while len(found) < count:
+        # How many draws show `count` of `free` classes on average, and some more.
+        short = -num_classes * math.log1p(-(count - len(found)) / max(free - len(found), 1) * (1.0 - 1e-9))
+        draws = int(min(short, 3.0 * num_classes) * 1.02) + 64
+        drawn = torch.randint(num_classes, (draws,), generator=generator, device=positives.device)
+        found = torch.cat([found, drawn]).unique()
+        found = found[~is_in(found, positives)]
+    surplus = len(found) - count
+    if surplus:
+        kept = torch.ones(len(found), dtype=torch.bool, device=found.device)
+        kept[torch.randperm(len(found), generator=generator, device=found.device)[:surplus]] = False
+        found = found[kept]
+    return found
+
+
+def is_in(values: Tensor, ordered: Tensor) -> Tensor:
+    """Whether each value is among the ordered ones."""
+    if not len(ordered):
+        return torch.zeros_like(values, dtype=torch.bool)
+    place = torch.searchsorted(ordered, values).clamp(max=len(ordered) - 1)
+    return ordered[place] == values
+
+
+class Sampler:
+    """Draws the classes of one step after the other: the same ones after a restart, others on every shard.
+
+    Its state is two numbers, the seed and how many steps it has drawn, in `state` [2] int64 on the CPU, so that a
+    checkpoint holds them and any number of ranks can go on from them.
+
+    Args:
+        rate: fraction of the classes to walk, 0 <= rate <= 1. The positives are walked whatever it is.
+        state: tensor with the seed and the number of steps; counted up in place.
+        first_class: first class of this shard.
+    """
+
+    def __init__(self, rate: float, state: Tensor, first_class: int = 0) -> None:
+        self.rate, self.state, self.first_class = rate, state, first_class
+
+    def draw(self, target: Tensor, num_classes: int) -> Tensor:
+        """`sample_classes` for this step; targets outside [0, num_classes) are other shards' or ignored."""
+        seed, step = self.state.tolist()
+        self.state[1] += 1
+        if not num_classes:  # more ranks than classes
+            return torch.empty(0, dtype=torch.int64, device=target.device)
+        generator = torch.Generator(target.device).manual_seed(mixed(seed, step, self.first_class))
+        return sample_classes(target, num_classes, round(self.rate * num_classes), generator)

@@ -26,14 +26,18 @@ Everywhere else the max runs along and P = exp(z - rest) <= 1.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tritonmargin.kernels import falling_back, load_backend
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
+from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.walk import Walk, chunk_of, retained_classes
 
 
@@ -63,6 +67,7 @@ def stream_op(
     bias: Tensor | None,
     class_weight: Tensor | None,
     threshold: Tensor | None,
+    offset: Tensor | None,
     unit: bool,
     bounded: bool,
     want_rest: bool,
@@ -90,6 +95,7 @@ def stream_op(
         # Where a tile is read again after a difference, the difference needs a place of its own.
         scratch = walk.scratch(separate=want_rest and threshold is not None)
         mean_row = x.new_zeros(0 if class_weight is None else walk.d)
+        offset = walk.scaled(offset)
 
         for start, stop in walk.chunks():
             prepared = walk.rows(start, stop)
@@ -98,7 +104,7 @@ def stream_op(
                 mean_row += weights @ prepared.exact.to(walk.acc)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
-                chunk_bias = walk.select(bias, start, stop)
+                chunk_bias = walk.bias(bias, offset, start, stop)
                 place, keep = scratch[: stop - start], stop <= kept
                 walk.ops.reduce_chunk(prepared.rows, walk.x, chunk_bias, target, start, bounded, tile, place, keep, run)
 
@@ -135,7 +141,7 @@ def stream_op(
 
 @stream_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, target, class_ids, bias, class_weight, threshold, unit, bounded, want_rest, want_hardest,
+    x, weight, target, class_ids, bias, class_weight, threshold, offset, unit, bounded, want_rest, want_hardest,
     sparse, dtype, chunk_bytes, retain_bytes, backend,
 ):  # fmt: skip
     n, d = x.shape
@@ -158,15 +164,15 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("tritonmargin::stream_backward", mutates_args=())
 @falling_back
-def stream_backward_op(
+def walk_back(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
     class_ids: Tensor | None,
     bias: Tensor | None,
     class_weight: Tensor | None,
+    offset: Tensor | None,
     shift: Tensor | None,
     hardest_row: Tensor,
     mean_row: Tensor,
@@ -185,16 +191,23 @@ def stream_backward_op(
     dtype: torch.dtype,
     chunk_bytes: int,
     backend: str,
+    update: RowUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dx, dL/dW and dL/db from the gradients of what the forward pass returned.
+
+    With `update` there is no dL/dW: the rows of W are updated as soon as a chunk's gradient is finished.
+    """
     with torch.autocast(x.device.type, enabled=False):
         walk = Walk(x, weight, class_ids, unit, kind == "exp", dtype, chunk_bytes, backend)
         target, class_ids = target.contiguous(), walk.class_ids
+        offset = walk.scaled(offset)
         g_walk = None if g_walk is None else g_walk.contiguous()
         shift = None if shift is None else shift.contiguous()
         make = torch.zeros if class_ids is not None and not sparse else torch.empty
         shape = walk.gradient_shape(sparse)
         grad_x = x.new_zeros((walk.n, walk.d) if need_x else 0)
-        grad_weight = make(shape if need_weight else 0, dtype=weight.dtype, device=weight.device)
+        writes = need_weight and update is None
+        grad_weight = make(shape if writes else 0, dtype=weight.dtype, device=weight.device)
         grad_bias = x.new_zeros(weight.shape[0] if need_bias else 0)
         kept = retained.shape[0]
 
@@ -209,6 +222,8 @@ def stream_backward_op(
             unit_rows = target_rows if unit else target_rows * inverse_norm(norm)[:, None]
             norm_shares = Shares(target, unit_rows * g_norm[:, None])
         mean_share = None if g_mean is None else g_mean @ x
+        # Rows that samples point at, before an update changes them.
+        beside_x = own_rows(walk, [(target, g_target), (hardest_row, g_hardest)]) if need_x else None
 
         # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
         outer = factor = None
@@ -223,7 +238,7 @@ def stream_backward_op(
 
         # A has a buffer, and one more in the precision of sums, unless it can be made in the gradient's rows.
         rows_of_walk = class_ids is None or sparse
-        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk
+        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk and writes
         product = walk.x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
         wide = product if walk.ops.FUSED or dtype == walk.acc else product.to(walk.acc)
         scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
@@ -235,7 +250,7 @@ def stream_backward_op(
             share = None
             if g_walk is not None and shift is not None:
                 ready = retained[start:stop] if stop <= kept else None
-                chunk_bias = walk.select(bias, start, stop)
+                chunk_bias = walk.bias(bias, offset, start, stop)
                 tile, place = walk.tile_buffer[:size], scratch[:size]
                 share, by_class = walk.ops.weigh_chunk(
                     rows, walk.x, chunk_bias, target, start, kind, shift, tile, place, ready,
@@ -247,16 +262,19 @@ def stream_backward_op(
                     grad_bias[slice(start, stop) if class_ids is None else class_ids[start:stop]] = by_class
             if not need_weight:
                 continue
-            out = grad_weight[start:stop] if rows_of_walk else grad_weight
+            out = weight if update is not None else grad_weight[start:stop] if rows_of_walk else grad_weight
             gradient, gradient_wide = (out, out) if direct else (product[:size], wide[:size])
             if share is not None:
                 torch.mm(share, left, out=gradient)
             weights = walk.select(class_weight, start, stop)
             mean = None if weights is None or mean_share is None else (weights, mean_share)
-            place_in = None if rows_of_walk or class_ids is None else class_ids[start:stop]
+            # Where the chunk's rows are in `out`; None: they are all of it.
+            place_in: slice | Tensor | None = None
+            if update is not None or not rows_of_walk:
+                place_in = slice(start, stop) if class_ids is None else class_ids[start:stop]
             walk.ops.finish_rows(
                 None if share is None else gradient, gradient_wide, prepared, start, shares, norm_shares, mean, factor,
-                out, place_in,
+                out, place_in, update,
             )  # fmt: skip
 
         if need_x:
@@ -264,18 +282,45 @@ def stream_backward_op(
                 grad_x *= outer[:, None]
             if g_walk is not None:
                 grad_x *= g_walk[:, None]
-            if g_target is not None:
-                grad_x.addcmul_(walk.gather(target)[0], g_target[:, None])
-            if g_hardest is not None:
-                grad_x.addcmul_(walk.gather(hardest_row)[0], g_hardest[:, None])
+            if beside_x is not None:
+                grad_x += beside_x
             if g_mean is not None:
                 grad_x.addr_(g_mean, mean_row)
         return grad_x, grad_weight, grad_bias.to(bias.dtype) if bias is not None else grad_bias
 
 
+def own_rows(walk: Walk, pointers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:  # [N, D]
+    """sum of g_i w'_row(i) over pairs of rows and gradients; None: there is no gradient."""
+    total = None
+    for row, g in pointers:
+        if g is None:
+            continue
+        rows = walk.gather(row)[0]
+        total = rows.mul_(g[:, None]) if total is None else total.addcmul_(rows, g[:, None])
+    return total
+
+
+def without(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one that has no such parameter: what an op's schema cannot express."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        return function(*args)
+
+    signature = inspect.signature(function)
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+    run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return run
+
+
+stream_backward_op = torch.library.custom_op(
+    "tritonmargin::stream_backward", without("update", walk_back), mutates_args=()
+)
+
+
 @stream_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, target, class_ids, bias, class_weight, shift, hardest_row, mean_row, retained, g_walk, g_target,
+    x, weight, target, class_ids, bias, class_weight, offset, shift, hardest_row, mean_row, retained, g_walk, g_target,
     g_norm, g_mean, g_hardest, kind, unit, sparse, need_x, need_weight, need_bias, dtype, chunk_bytes, backend,
 ):  # fmt: skip
     rows = class_ids.shape[0] if class_ids is not None and sparse else weight.shape[0]
@@ -287,38 +332,83 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def setup_stream(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, target, class_ids, bias, class_weight, threshold = inputs[:7]
-    (ctx.unit, bounded, want_rest, _, ctx.sparse, ctx.dtype, ctx.chunk_bytes, _, ctx.backend) = inputs[7:]
+    x, weight, target, class_ids, bias, class_weight, threshold, offset = inputs[:8]
+    (ctx.unit, bounded, want_rest, _, ctx.sparse, ctx.dtype, ctx.chunk_bytes, _, ctx.backend) = inputs[8:]
     out = Streamed(*output)
     ctx.kind = "hinge" if threshold is not None else "exp" if bounded else "softmax"
     shift = threshold if threshold is not None else (out.total if bounded else out.rest) if want_rest else None
     ctx.save_for_backward(
-        x, weight, target, class_ids, bias, class_weight, shift, out.hardest_row, out.mean_row, out.retained
+        x, weight, target, class_ids, bias, class_weight, offset, shift, out.hardest_row, out.mean_row, out.retained
     )
     ctx.set_materialize_grads(False)
     constants = [out.violations, out.hardest_row, out.total, out.mean_row, out.retained]
     ctx.mark_non_differentiable(*constants, *([out.rest] if ctx.kind == "hinge" else []))
 
 
-def differentiate_stream(ctx, g_rest, g_target, g_norm, g_mean, g_hinge, _, g_hardest, *__):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    weight, class_ids, class_weight, shift, hardest_row = saved[1], saved[3], saved[5], saved[6], saved[7]
+def differentiate_stream(ctx, *grads):  # type: ignore[no-untyped-def]
+    arguments = backward_arguments(ctx, ctx.saved_tensors, grads, ctx.needs_input_grad)
+    weight, class_ids = arguments[1], arguments[3]
     need_x, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
-    # Outputs that nobody asked for are empty, and so would be their gradients.
-    g_walk = g_hinge if ctx.kind == "hinge" else g_rest if shift is not None else None
-    g_mean = g_mean if class_weight is not None else None
-    g_hardest = g_hardest if hardest_row.shape[0] == saved[0].shape[0] else None
-    grad_x, grad_weight, grad_bias = stream_backward_op(
-        *saved, g_walk, g_target, g_norm, g_mean, g_hardest, ctx.kind, ctx.unit, ctx.sparse,
-        need_x, need_weight, need_bias, ctx.dtype, ctx.chunk_bytes, ctx.backend,
-    )  # fmt: skip
+    grad_x, grad_weight, grad_bias = stream_backward_op(*arguments)
     if need_weight and ctx.sparse:
         ids = torch.arange(weight.shape[0], device=weight.device) if class_ids is None else class_ids
         grad_weight = torch.sparse_coo_tensor(
             ids[None], grad_weight, weight.shape, is_coalesced=True, check_invariants=False
         )
-    grads = (grad_x if need_x else None, grad_weight if need_weight else None, None, None)
-    return (*grads, grad_bias if need_bias else None, *[None] * 11)
+    found = (grad_x if need_x else None, grad_weight if need_weight else None, None, None)
+    return (*found, grad_bias if need_bias else None, *[None] * 12)
+
+
+def backward_arguments(ctx, saved, grads, wanted):  # type: ignore[no-untyped-def]
+    """What `walk_back` is called with: what forward saved, and the gradients of its outputs."""
+    g_rest, g_target, g_norm, g_mean, g_hinge, _, g_hardest = grads[:7]
+    class_weight, shift, hardest_row = saved[5], saved[7], saved[8]
+    need_x, need_weight, _, _, need_bias = wanted[:5]
+    # Outputs that nobody asked for are empty, and so would be their gradients.
+    g_walk = g_hinge if ctx.kind == "hinge" else g_rest if shift is not None else None
+    g_mean = g_mean if class_weight is not None else None
+    g_hardest = g_hardest if hardest_row.shape[0] == saved[0].shape[0] else None
+    return (
+        *saved, g_walk, g_target, g_norm, g_mean, g_hardest, ctx.kind, ctx.unit, ctx.sparse,
+        need_x, need_weight, need_bias, ctx.dtype, ctx.chunk_bytes, ctx.backend,
+    )  # fmt: skip
+
+
+class Updater(Protocol):
+    """An optimiser that can update rows while backward walks them: `tritonmargin.optim.RowOptimizer`."""
+
+    def begin_in_backward(self, weight: Tensor) -> RowUpdate: ...
+
+    def finish_in_backward(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None: ...
+
+
+class UpdatingStream(torch.autograd.Function):
+    """The op, with an optimiser that updates W's rows inside backward: W gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, updater: Updater, *inputs: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = stream_op(*inputs)
+        ctx.updater, ctx.weight, ctx.done = updater, inputs[1], False
+        setup_stream(ctx, inputs, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if ctx.done:
+            raise RuntimeError(
+                "tritonmargin: a second backward through a loss whose weight was updated in its first one "
+                "(update_in_backward): the weight is no longer the one of the forward pass"
+            )
+        ctx.done = True
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        arguments = backward_arguments(ctx, saved, grads, wanted)
+        update = ctx.updater.begin_in_backward(ctx.weight) if wanted[1] else None
+        grad_x, _, grad_bias = walk_back(*arguments[:-1], backend=arguments[-1], update=update)
+        if update is not None:
+            ctx.updater.finish_in_backward(ctx.weight, update, saved[3])
+        bias = grad_bias if wanted[4] else None
+        return (None, grad_x if wanted[0] else None, None, None, None, bias, *[None] * 12)
 
 
 def no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -332,9 +422,38 @@ stream_op.register_autograd(differentiate_stream, setup_context=setup_stream)
 stream_backward_op.register_autograd(no_double_backward)
 
 
-def stream(x: Tensor, weight: Tensor, target: Tensor, **options: object) -> Streamed:
-    """The op with its outputs named; see the module's docstring."""
-    return Streamed(*stream_op(x, weight, target, **options))
+def stream(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    class_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    threshold: Tensor | None = None,
+    offset: Tensor | None = None,
+    unit: bool,
+    bounded: bool,
+    want_rest: bool,
+    want_hardest: bool,
+    sparse: bool,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    retain_bytes: int,
+    backend: str,
+    updater: Updater | None = None,
+) -> Streamed:
+    """The op with its outputs named; see the module's docstring.
+
+    With `updater` W gets no gradient: its rows are updated while backward walks them.
+    """
+    inputs = (
+        x, weight, target, class_ids, bias, class_weight, threshold, offset, unit, bounded, want_rest, want_hardest,
+        sparse, dtype, chunk_bytes, retain_bytes, backend,
+    )  # fmt: skip
+    if updater is not None and weight.requires_grad and torch.is_grad_enabled():
+        return Streamed(*UpdatingStream.apply(updater, *inputs))
+    return Streamed(*stream_op(*inputs))
 
 
 def split_factor(g: Tensor, total: Tensor, beside: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

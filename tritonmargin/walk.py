@@ -71,7 +71,7 @@ class Walk:
         exact: bool = False,
     ) -> None:
         self.ops = load_backend(backend)
-        self.weight, self.unit = weight, unit
+        self.weight, self.unit, self.bounded = weight, unit, bounded
         self.class_ids = None if class_ids is None else class_ids.contiguous()
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
@@ -114,6 +114,17 @@ class Walk:
         if vector is None or self.class_ids is None:
             return None if vector is None else vector[start:stop].contiguous()
         return vector.index_select(0, self.class_ids[start:stop])
+
+    def scaled(self, offset: Tensor | None) -> Tensor | None:
+        """Numbers that are added to logits, in the units of the tile."""
+        return offset if offset is None or not self.bounded else offset * math.log2(math.e)
+
+    def bias(self, bias: Tensor | None, offset: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """What is added to the chunk's logits: the classes' bias, and the offsets of walked rows."""
+        own = self.select(bias, start, stop)
+        if offset is None:
+            return own
+        return offset[start:stop] if own is None else own.to(offset.dtype) + offset[start:stop]
 
     def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""

@@ -137,6 +137,11 @@ def falling_back(op: Callable[..., Any]) -> Callable[..., Any]:
                         f"tritonmargin: a kernel failed ({error}). tm.use_backend('torch') does without the kernels; "
                         "please report the error with the GPU's name and the versions of torch and triton."
                     ) from error
+                if getattr(options.get("update"), "touched", False):
+                    raise KernelError(
+                        f"tritonmargin: a kernel failed in the middle of an update of the weight ({error}): some rows "
+                        "are updated and some are not. Load the last checkpoint and use tm.use_backend('torch')."
+                    ) from error
                 warn_once(f"one of them failed ({error})")
                 _failed = True
                 if "backend" in options:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonmargin.kernels.updates import RowUpdate, update_rows
 from tritonmargin.kernels.variants import hinge, hinge_slope
 
 # Elementwise work is a pass over memory: it needs a tile in the precision of sums, and the rows in it.
@@ -167,9 +168,12 @@ def finish_rows(
     mean: tuple[Tensor, Tensor] | None,
     factor: Tensor | None,
     out: Tensor,
-    place: Tensor | None,
+    place: slice | Tensor | None,
+    update: RowUpdate | None = None,
 ) -> None:
     """From A = dL/dw' of a chunk (product, in the compute dtype; None: 0) to dL/dw, in `out` (its rows `place`).
+
+    With `update`, `out` is the weight, and what is written is its rows after the update.
 
     Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
     dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is [K, D]
@@ -200,8 +204,11 @@ def finish_rows(
     if norm_shares is not None:
         sample, row = inside_chunk(norm_shares.row, start, stop)
         gradient.index_add_(0, row, norm_shares.along.index_select(0, sample))
-    if place is not None:
-        out.index_copy_(0, place, gradient.to(out.dtype))
+    if update is not None:
+        assert place is not None
+        update_rows(update, place, gradient)
+    elif place is not None:
+        out[place] = gradient.to(out.dtype)
     elif out is not gradient:
         out.copy_(gradient)
 

@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonmargin.kernels import KernelError
 from tritonmargin.kernels.tiles import Tiles, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
+from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, count_up, mixed, store_rounded
 from tritonmargin.kernels.variants import (
     exp_term,
     hinge_slope_term,
@@ -395,13 +396,16 @@ def precision(dtype: torch.dtype, target: str) -> str:
 # -- finish_rows -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n", "k", "start"])
+@triton.jit(do_not_specialize=["n", "k", "start", "seed"])
 def finish_kernel(
-    product, weight, ids, inverse, out, place, shares, norm_shares, mean, factor, n, k, start, stride_product,
-    stride_row, stride_column, stride_out,
+    product, weight, ids, inverse, out, place, shares, norm_shares, mean, factor, update, n, k, start, seed,
+    stride_product, stride_row, stride_column, stride_out, RULE: tl.constexpr, STOCHASTIC: tl.constexpr,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dL/dw = (A - w' (w' . A)) / |w| with A = product + the shares of the samples that point at the row."""
+    """dL/dw = (A - w' (w' . A)) / |w| with A = product + the shares of the samples that point at the row.
+
+    With a RULE, `out` is the weight, and what is written is its row after the update.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     inside = row < k
@@ -428,7 +432,18 @@ def finish_kernel(
     if norm_shares is not None:
         a += shares_of(norm_shares, row + start, d, n, D, BLOCK_K, BLOCK_D)
     target = row if place is None else tl.load(place + row, mask=inside, other=0)
-    tl.store(out + target[:, None] * stride_out + d[None, :], a.to(out.dtype.element_ty), mask=mask)
+    target = target[:, None] * stride_out + d[None, :]
+    if RULE is None:
+        tl.store(out + target, a.to(out.dtype.element_ty), mask=mask)
+    else:
+        numbers, state, steps = update
+        corrections = None
+        if steps is not None:
+            size, root = steps
+            corrections = (tl.load(size + row, mask=inside, other=1.0), tl.load(root + row, mask=inside, other=1.0))
+        w = tl.load(out + target, mask=mask, other=0.0).to(tl.float32)
+        w = RULE(a, w, target, mask, numbers, state, corrections, seed, STOCHASTIC)
+        store_rounded(out + target, w, target, mask, seed, STOCHASTIC)
 
 
 @triton.jit
@@ -467,9 +482,12 @@ def finish_rows(
     mean: tuple[Tensor, Tensor] | None,
     factor: Tensor | None,
     out: Tensor,
-    place: Tensor | None,
+    place: slice | Tensor | None,
+    update: RowUpdate | None = None,
 ) -> None:
     """From A = dL/dw' of a chunk (product, in the compute dtype; None: 0) to dL/dw, in `out` (its rows `place`).
+
+    With `update`, `out` is the weight, and what is written is its rows after the update.
 
     Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
     dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is not
@@ -478,9 +496,26 @@ def finish_rows(
     k, d = prepared.rows.shape
     block_k, block_d, warps = row_block(d)
     n = len(shares[0].row) if shares else 0 if norm_shares is None else len(norm_shares.row)
+    rows = None
+    if isinstance(place, slice):
+        # Rows in order need no numbers: the kernel is given them alone.
+        rows, place, out = place, None, out[place]
+    changes, rule, seed = None, None, 0
+    where = place if rows is None else rows
+    if update is not None and where is not None:
+        update.touched = True
+        steps = None
+        if update.steps is not None:
+            counted = count_up(update.steps, where)
+            steps = tuple(each.float() for each in corrections(counted, *update.numbers[:3]))
+        state = update.state if rows is None else tuple(each[rows] for each in update.state)
+        changes, rule = (update.numbers, state, steps), TRITON_RULES[update.rule]
+        seed = 0 if update.seed is None else mixed(update.seed, start) % (1 << 30)
     call(
         finish_kernel, triton.cdiv(k, block_k), product, prepared.weight, prepared.ids, prepared.inverse, out, place,
         tuple(share.sorted for share in shares), None if norm_shares is None else norm_shares.sorted, mean, factor,
-        n, k, start, 1 if product is None else product.stride(0), *prepared.weight.stride(), out.stride(0),
+        changes, n, k, start, seed,
+        1 if product is None else product.stride(0), *prepared.weight.stride(), out.stride(0),
+        RULE=rule, STOCHASTIC=update is not None and update.seed is not None,
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip

@@ -1,0 +1,360 @@
+"""Row optimisers: torch's own numbers where every row has a gradient, and what happens to rows that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tritonmargin as tm
+from tests.cases import DEVICE, MORE, ONE_CHUNK, cpu_only, every_backend, made, not_ttsem, using
+from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
+from tritonmargin.optim import NoGradient, RowAdamW, RowSGD
+
+C, D = 40, 6
+
+OPTIMISERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
+    "sgd": (RowSGD, torch.optim.SGD, {"lr": 0.5}),
+    "momentum": (RowSGD, torch.optim.SGD, {"lr": 0.5, "momentum": 0.75}),
+    "decay": (RowSGD, torch.optim.SGD, {"lr": 0.5, "momentum": 0.75, "weight_decay": 0.125}),
+    "nesterov": (RowSGD, torch.optim.SGD, {"lr": 0.5, "momentum": 0.75, "weight_decay": 0.125, "nesterov": True}),
+    "adamw": (RowAdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+}
+every_optimiser = pytest.mark.parametrize("kind", OPTIMISERS)
+
+
+def sparse(ids: Tensor, values: Tensor, size: int = C) -> Tensor:
+    return torch.sparse_coo_tensor(ids[None], values, (size, *values.shape[1:]), is_coalesced=True)
+
+
+def gradients(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return made(C, D, seed=100 + step).to(dtype)
+
+
+@every_optimiser
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_all_rows_are_torchs_optimiser(kind: str, dtype: torch.dtype, form: str) -> None:
+    """Bit for bit in numbers that need no rounding, within rounding elsewhere."""
+    ours, theirs, options = OPTIMISERS[kind]
+    for exact in (True, False):
+        a, b = (nn.Parameter(made(C, D, seed=1).to(dtype).mul(8).round() / 8 if exact else made(C, D, seed=1).to(dtype))
+                for _ in range(2))  # fmt: skip
+        one, other = ours([a], **options), theirs([b], **options)
+        for step in range(2 if exact else 5):
+            grad = gradients(step, dtype)
+            grad = (grad * 4).round() / 4 if exact else grad
+            a.grad = grad if form == "dense" else sparse(torch.arange(C), grad)
+            b.grad = grad.clone()
+            before = a.grad.to_dense().clone()
+            one.step()
+            other.step()
+            assert torch.equal(a.grad.to_dense(), before), "a step changed its gradient"
+        if exact and kind != "adamw":
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@every_optimiser
+@settings(max_examples=15 * MORE)
+@drawn(data=st.data())
+def test_frozen_rows_wait(kind: str, data: st.DataObject) -> None:
+    """Every row is what it would be if it were trained alone, on the steps that sampled it."""
+    ours, theirs, options = OPTIMISERS[kind]
+    weight = nn.Parameter(made(C, D, seed=1))
+    alone = [nn.Parameter(row.clone()) for row in weight.detach()]
+    optimiser, others = ours([weight], **options), [theirs([row], **options) for row in alone]
+    for step in range(4):
+        ids = torch.tensor(sorted(data.draw(st.sets(st.integers(0, C - 1), max_size=12))), dtype=torch.int64)
+        weight.grad = sparse(ids, gradients(step)[ids])
+        optimiser.step()
+        for i in ids.tolist():
+            alone[i].grad = gradients(step)[i]
+            others[i].step()
+    torch.testing.assert_close(weight.detach(), torch.stack([row.detach() for row in alone]), rtol=1e-12, atol=1e-12)
+
+
+@every_optimiser
+@settings(max_examples=15 * MORE)
+@drawn(data=st.data())
+def test_decaying_rows_are_trained_on_zeros(kind: str, data: st.DataObject) -> None:
+    ours, theirs, options = OPTIMISERS[kind]
+    a, b = nn.Parameter(made(C, D, seed=1)), nn.Parameter(made(C, D, seed=1))
+    one, other = ours([a], unsampled="decay", **options), theirs([b], **options)
+    for step in range(4):
+        ids = torch.tensor(sorted(data.draw(st.sets(st.integers(0, C - 1), max_size=12))), dtype=torch.int64)
+        a.grad = sparse(ids, gradients(step)[ids])
+        b.grad = torch.zeros_like(b).index_copy(0, ids, gradients(step)[ids])
+        one.step()
+        other.step()
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_state_is_what_is_documented() -> None:
+    weight = nn.Parameter(made(C, D).float())
+    weight.grad = gradients(0, torch.float32)
+    for optimiser, matrices in (
+        (RowSGD([weight], lr=0.1), 0),
+        (RowSGD([weight], lr=0.1, momentum=0.9), 1),
+        (RowSGD([weight], lr=0.1, momentum=0.9, state_dtype=torch.bfloat16), 0.5),
+        (RowAdamW([weight]), 2),
+        (RowAdamW([weight], state_dtype=torch.bfloat16), 1),
+    ):
+        optimiser.step()
+        state = optimiser.state[weight]
+        used = sum(value.nbytes for name, value in state.items() if value.ndim == 2)
+        assert used == matrices * weight.nbytes
+        assert sum(value.nbytes for value in state.values() if value.ndim < 2) <= 8 + 4 * C
+
+
+@not_ttsem
+@every_optimiser
+def test_a_resumed_optimiser_goes_on_as_if_never_stopped(kind: str) -> None:
+    ours, _, options = OPTIMISERS[kind]
+    options = options | {"state_dtype": torch.bfloat16, "stochastic_rounding": True}
+    whole = nn.Parameter(made(C, D, seed=1).to(torch.bfloat16))
+    optimiser = ours([whole], **options)
+    for step in range(6):
+        if step == 3:
+            resumed = nn.Parameter(whole.detach().clone())
+            other = ours([resumed], **options)
+            other.load_state_dict(optimiser.state_dict())
+        for weight, each in [(whole, optimiser)] + ([(resumed, other)] if step >= 3 else []):
+            ids = torch.arange(step, C, 3)
+            weight.grad = sparse(ids, gradients(step, torch.bfloat16)[ids])
+            each.step()
+    assert torch.equal(whole, resumed)
+
+
+# -- rounding ------------------------------------------------------------------------------------------------------
+
+
+@not_ttsem
+def test_rounding_by_chance_is_right_on_average() -> None:
+    value = torch.tensor([1.0, 1.0 + 2**-10, 1.0 + 2**-8, -3.0 - 2**-9, 1e-30, 0.0]).repeat(20_000, 1)
+    rounded = stochastic(value, torch.Generator().manual_seed(0))
+    assert torch.equal(rounded, rounded.bfloat16().float()), "not bfloat16 numbers"
+    assert ((rounded - value).abs() <= value.abs() * 2.0**-7).all()
+    spread = value[0].abs() * 2.0**-8 / 20_000**0.5
+    assert ((rounded.double().mean(dim=0) - value[0].double()).abs() <= 4 * spread).all()
+    edge = torch.tensor([torch.finfo(torch.bfloat16).max, torch.inf, -torch.inf, torch.nan, 3.4e38])
+    kept = stochastic(edge, torch.Generator().manual_seed(0))
+    assert torch.equal(kept.isnan(), edge.isnan())
+    assert torch.equal(kept[1:3], edge[1:3])
+    assert kept[0] == edge[0]
+
+
+@not_ttsem
+def test_bfloat16_weights_move_where_rounding_to_nearest_stalls() -> None:
+    """A quadratic whose steps are far below half a unit in the last place: the loss falls only by chance's rounding."""
+    found = {}
+    for by_chance in (False, True):
+        weight = nn.Parameter(torch.full((64, 64), 2.0, dtype=torch.bfloat16))
+        optimiser = RowSGD([weight], lr=1e-3, stochastic_rounding=by_chance)
+        for _ in range(1500):
+            weight.grad = weight.detach().clone()  # of |w|^2 / 2: w shrinks by 1e-3 of itself, bfloat16 has 2^-8
+            optimiser.step()
+        found[by_chance] = float(weight.detach().float().mean())
+    assert found[False] == 2.0, "rounding to nearest was expected to stall"
+    assert abs(found[True] - 2.0 * 0.999**1500) < 0.02
+
+
+# -- inside backward -----------------------------------------------------------------------------------------------
+
+
+def trained(
+    kind: str, inside: bool, dtype: torch.dtype, rate: float, unsampled: str, steps: int = 4, margin: str = "arc"
+) -> tuple[Tensor, Tensor]:
+    """The weight after some steps, and the last embeddings' gradient."""
+    ours, _, options = OPTIMISERS[kind]
+    torch.manual_seed(0)
+    kinds = {"arc": tm.ArcFace(m=0.3, s=16.0), "plain": tm.Softmax(), "norm": tm.LSoftmax(m=2)}
+    head = tm.MarginSoftmaxLoss(9, 150, kinds[margin], sparse_grad=True, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(made(150, 9, seed=3))
+    optimiser = ours([head.weight], unsampled=unsampled, **options)
+    if inside:
+        head.update_in_backward(optimiser)
+    for step in range(steps):
+        x = made(7, 9, seed=10 + step).to(dtype).requires_grad_()
+        target = torch.randint(150, (7,), generator=torch.Generator().manual_seed(step), device="cpu").to(DEVICE)
+        optimiser.zero_grad()
+        ids = None
+        if rate < 1.0:
+            drawn = torch.Generator().manual_seed(step)
+            ids = tm.sample_classes(target.cpu(), 150, round(rate * 150), drawn).to(DEVICE)
+        head(x, target, class_ids=ids).backward()
+        assert isinstance(head.weight.grad, NoGradient) == inside
+        optimiser.step()
+    return head.weight.detach(), x.grad
+
+
+@every_backend
+@every_optimiser
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("unsampled", ["frozen", "decay"])
+def test_inside_backward_is_the_same_update(
+    kind: str, rate: float, unsampled: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    monkeypatch.setattr("tritonmargin.walk.cache_bytes", lambda: 1)  # several chunks
+    for margin in ("arc", "plain", "norm"):
+        with using(backend, dtype):
+            expected, expected_dx = trained(kind, False, dtype, rate, unsampled, margin=margin)
+            found, found_dx = trained(kind, True, dtype, rate, unsampled, margin=margin)
+        rtol = 1e-12 if dtype == torch.float64 else 2e-4
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(found_dx, expected_dx, rtol=rtol, atol=rtol)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+@pytest.mark.parametrize("place", ["rows in order", "row numbers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_updates_as_the_rule_says(kind: str, place: str, dtype: torch.dtype, backend: str) -> None:
+    """finish_rows with an update, against the rule on its own in float64."""
+    from tritonmargin.kernels import load_backend
+
+    ops, d = load_backend(backend), 33
+    ours, _, options = OPTIMISERS[kind]
+    start, stop = 5, 5 + 37
+    weight = nn.Parameter(made(90, d, seed=1).to(dtype))
+    ids = torch.arange(0, 90, 2, device=DEVICE) if place == "row numbers" else None
+    gradient = made(stop - start, d, seed=2).float()
+    where: Any = slice(start, stop)
+    if ids is not None:
+        ids = ids[:45]
+        start, stop = 3, 40
+        gradient, where = gradient[: stop - start], ids[start:stop]
+    optimiser = ours([weight], **options)
+    results = []
+    for oracle in (True, False):
+        update = optimiser.begin(weight)
+        state = tuple(made(90, d, seed=3 + i).square().to(dtype) for i in range(len(update.state)))
+        steps = None if update.steps is None else torch.arange(90, dtype=torch.int32, device=DEVICE) % 5
+        if oracle:
+            update = RowUpdate(update.rule, weight.detach().double(), update.numbers,
+                               tuple(each.double() for each in state), steps)  # fmt: skip
+            update_rows(update, where, gradient.double())
+        else:
+            update = RowUpdate(update.rule, weight.detach().clone(), update.numbers, state, steps)
+            prepared = ops.prepare_rows(update.weight, ids, start, stop, False, torch.empty_like(gradient).to(dtype),
+                                        torch.empty_like(gradient).to(dtype))  # fmt: skip
+            scratch = gradient.clone()
+            ops.finish_rows(scratch, scratch, prepared, start, [], None, None, None, update.weight, where, update)
+        results.append((update.weight, *update.state, update.steps))
+    eps = torch.finfo(dtype).eps
+    for expected, found in zip(*results, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(found.double(), expected.double(), rtol=2 * eps, atol=8e-6)
+    untouched = torch.ones(90, dtype=torch.bool, device=DEVICE)
+    untouched[where] = False
+    assert torch.equal(results[1][0][untouched], weight.detach()[untouched])
+
+
+@every_backend
+def test_rounding_by_chance_inside_backward(backend: str) -> None:
+    """Rows that would round back to themselves move on average as they should, in each backend's own chance."""
+    from tritonmargin.kernels import load_backend
+
+    ops, k, d = load_backend(backend), 200, 64
+    weight = torch.full((k, d), 1.0, dtype=torch.bfloat16, device=DEVICE)
+    update = RowUpdate("sgd", weight, (1.0, 0.0, 0.0, 0.0), seed=5)
+    step = torch.full((k, d), 2.0**-11, device=DEVICE)  # 1/16 of the gap below 1
+    prepared = ops.prepare_rows(weight, None, 0, k, False, step.to(torch.bfloat16), step.to(torch.bfloat16))
+    ops.finish_rows(step, step.clone(), prepared, 0, [], None, None, None, weight, slice(0, k), update)
+    moved = (weight == 1.0 - 2.0**-8).float().mean()
+    assert set(weight.float().unique().tolist()) == {1.0, 1.0 - 2.0**-8}
+    expected = 2.0**-11 / 2.0**-8
+    assert abs(float(moved) - expected) < 5 * (expected / (k * d)) ** 0.5
+
+
+@cpu_only
+def test_what_needs_a_gradient_says_that_there_is_none() -> None:
+    head = tm.MarginSoftmaxLoss(5, 12)
+    optimiser = RowSGD(head.parameters(), lr=0.1)
+    head.update_in_backward(optimiser)
+    x, target = made(3, 5).float(), torch.tensor([1, 2, 3])
+    loss = head(x, target)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"no gradient.*clipped"):
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.unscale_(optimiser)
+    with pytest.raises(RuntimeError, match="second backward through"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="accumulate gradients"):
+        head(x, target).backward()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        torch.optim.SGD(head.parameters(), lr=0.1).step()
+    before = head.weight.detach().clone()
+    optimiser.step()
+    assert torch.equal(before, head.weight), "step() updated a second time"
+    assert head.weight.grad is None
+    head(x, target).backward()
+    assert not torch.equal(before, head.weight)
+    head.update_in_backward(None)
+    optimiser.zero_grad()
+    head(x, target).backward()
+    assert head.weight.grad.shape == head.weight.shape
+
+
+@cpu_only
+def test_no_gradient_of_w_is_ever_made() -> None:
+    """Peak of a step: buffers of a chunk, and nothing of the size of W."""
+    from tests.cases import cost
+
+    head = tm.MarginSoftmaxLoss(64, 200_000)
+    optimiser = RowSGD(head.parameters(), lr=0.1, momentum=0.9)
+    head.update_in_backward(optimiser)
+    x, target = made(8, 64).float().requires_grad_(), torch.arange(8)
+    head(x, target).backward()  # the momentum is made here
+
+    def step() -> None:
+        optimiser.zero_grad()
+        head(x, target).backward()
+        optimiser.step()
+
+    head_bytes = head.weight.nbytes
+    watched = cost(step)
+    assert watched.above(head_bytes) == 0
+    assert watched.peak < 20 << 20
+
+
+@cpu_only
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda w: RowSGD([w], lr=-1.0), "lr must be"),
+    (lambda w: RowSGD([w], lr=0.1, momentum=float("nan")), "momentum must be"),
+    (lambda w: RowSGD([w], lr=0.1, nesterov=True), "nesterov needs"),
+    (lambda w: RowSGD([w], lr=0.1, unsampled="drop"), "'frozen', 'decay'"),
+    (lambda w: RowAdamW([w], betas=(0.9, 1.0)), "betas must be"),
+    (lambda w: RowAdamW([w], state_dtype=torch.int8), "state_dtype must be"),
+])  # fmt: skip
+def test_bad_options_are_named(make: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(nn.Parameter(torch.zeros(3, 2)))
+
+
+@cpu_only
+def test_update_in_backward_wants_its_own_kind_of_optimiser() -> None:
+    head = tm.MarginSoftmaxLoss(5, 12)
+    with pytest.raises(TypeError, match="RowSGD or RowAdamW"):
+        head.update_in_backward(torch.optim.SGD(head.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="no such parameter"):
+        head.update_in_backward(RowSGD([nn.Parameter(torch.zeros(3, 2))], lr=0.1))
+
+
+def test_corrections_keep_their_precision_at_the_first_step() -> None:
+    size, root = corrections(torch.tensor([1, 2]), 1.0, 0.9, 0.999)
+    assert size.tolist() == pytest.approx([1 / (1 - 0.9), 1 / (1 - 0.81)], rel=1e-14)
+    assert root.tolist() == pytest.approx([(1 - 0.999) ** 0.5, (1 - 0.999**2) ** 0.5], rel=1e-12)
+    assert ONE_CHUNK < 150, "the losses above walk several chunks"
