@@ -80,8 +80,8 @@ def margin_cross_entropy(
         full = torch.where(own, t[:, None], z)  # [K, S]  the logits with the margin in
         if logq_correction:
             positive = torch.isin(classes, y)  # [S]
-            ratio = (len(weight) - positive.sum()) / (~positive).sum()
-            z = z + torch.where(positive, 0.0, ratio.to(dtype).log())
+            ratio = (len(weight) - positive.sum()).to(dtype) / (~positive).sum()
+            z = z + torch.where(positive, 0.0, ratio.log())
         others = z.masked_fill(own, -math.inf)  # [K, S]
 
         if len(classes) < 2:

@@ -1,0 +1,391 @@
+"""Classes sharded over real processes equal one process: loss, gradients, weights after some steps, and faults."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import tritonmargin as tm
+from tests.cases import cpu_only, made
+from tests.ranks import on_ranks
+from tritonmargin.margins import MARGINS
+from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.parallel import shard_range
+from tritonmargin.sampling import Sampler
+
+pytestmark = cpu_only
+
+D = 7
+# world size, classes, samples of each rank: uneven shards and batches, a rank without samples, ranks without classes
+LAYOUTS = {
+    "one rank": (1, 10, [6]),
+    "two ranks": (2, 131, [3, 5]),
+    "three ranks, one without samples": (3, 10, [4, 0, 3]),
+    "four ranks, one without classes": (4, 3, [2, 1, 0, 3]),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+# Margins of every kind on every run, and all of them with the slow tests.
+some_or_all = pytest.mark.parametrize(
+    "names", [("ArcFace", "LSoftmax"), pytest.param(tuple(MARGINS), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+
+
+def mine(sizes: list[int]) -> slice:
+    start = sum(sizes[: dist.get_rank()])
+    return slice(start, start + sizes[dist.get_rank()])
+
+
+def problem(c: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    target = torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
+    return made(n, D, seed=seed + 1).to(dtype), made(c, D, seed=seed + 2).to(dtype), target
+
+
+def heads(c: int, w: Tensor, **options: Any) -> tuple[tm.MarginSoftmaxLoss, tm.MarginSoftmaxLoss]:
+    """The head of one process and that of this rank, with the same weights."""
+    one = tm.MarginSoftmaxLoss(D, c, dtype=w.dtype, **options)
+    with torch.no_grad():
+        one.weight.copy_(w)
+        if one.bias is not None:
+            one.bias.copy_(torch.linspace(-1.0, 1.0, c))
+    sharded = tm.MarginSoftmaxLoss(D, c, dtype=w.dtype, process_group=dist.group.WORLD, **options)
+    sharded.load_state_dict(one.state_dict())
+    return one, sharded
+
+
+def close(found: Tensor, expected: Tensor, rtol: float, what: object) -> None:
+    assert found.shape == expected.shape, what
+    size = float(expected.abs().nan_to_num(posinf=0.0).max()) if expected.numel() else 0.0
+    torch.testing.assert_close(
+        found, expected, rtol=rtol, atol=rtol * size, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+
+
+@pytest.mark.parametrize(("classes", "world", "expected"), [
+    (10, 4, [3, 3, 3, 1]), (3, 4, [1, 1, 1, 0]), (9, 8, [2, 2, 2, 2, 1, 0, 0, 0]), (1, 1, [1]),
+])  # fmt: skip
+def test_ranges_are_those_of_torch_chunk(classes: int, world: int, expected: list[int]) -> None:
+    ranges = [shard_range(classes, rank, world) for rank in range(world)]
+    assert [stop - start for start, stop in ranges] == expected
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == classes
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+    chunks = [len(part) for part in torch.arange(classes).chunk(world)]
+    assert [size for size in expected if size] == chunks
+
+
+# -- one step ------------------------------------------------------------------------------------------------------
+
+
+@some_or_all
+@every_layout
+def test_13_ranks_equal_one_process(layout: str, names: tuple[str, ...]) -> None:
+    """Every objective and reduction, with and without smoothing; loss, statistics, dX, dW, db to 1e-12."""
+    world, *rest = LAYOUTS[layout]
+    on_ranks(world, one_step, names, *rest)
+
+
+def one_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
+    x, w, target = problem(c, sum(sizes))
+    upstream = torch.arange(1.0, len(target) + 1, dtype=torch.float64)
+    own = mine(sizes)
+    if len(target) > 3:
+        target[3] = -100
+    for name, objective, reduction in itertools.product(names, OBJECTIVES, ("mean", "sum", "none")):
+        for smoothing in (0.0, 0.1) if objective == "softmax" else (0.0,):
+            options: dict[str, Any] = dict(
+                margin=MARGINS[name](), reduction=reduction, objective=objective, label_smoothing=smoothing, bias=True
+            )
+            if reduction != "none":
+                options["class_weight"] = torch.linspace(0.5, 2.0, c, dtype=torch.float64)
+            one, head = heads(c, w, gradient_for="sum", **options)
+            found, expected = [], []
+            for each, into, rows in ((one, expected, slice(None)), (head, found, own)):
+                leaf = x[rows].clone().requires_grad_()
+                loss, stats = each(leaf, target[rows], return_stats=True)
+                (loss @ upstream[rows] if reduction == "none" else loss).backward()
+                into += [loss.detach(), leaf.grad, each.weight.grad, each.bias.grad, *(s.double() for s in stats)]
+            range_ = slice(head.shard.start, head.shard.stop)
+            for i, (ours, whole) in enumerate(zip(found, expected, strict=True)):
+                part = own if i in (1, 4, 5, 6, 7, 8) or (i == 0 and reduction == "none") else slice(None)
+                part = range_ if i in (2, 3) else part
+                what = (
+                    name,
+                    objective,
+                    reduction,
+                    smoothing,
+                    ["loss", "dx", "dw", "db", "t", "rest", "class", "hardest", "correct"][i],
+                )
+                close(ours, whole if whole.ndim == 0 else whole[part], 1e-12, what)
+
+
+@every_layout
+def test_ranks_stay_in_the_error_budget_in_float32(layout: str) -> None:
+    world, *rest = LAYOUTS[layout]
+    on_ranks(world, float32_step, *rest)
+
+
+def float32_step(c: int, sizes: list[int]) -> None:
+    """Against float64, at most twice the error of one process's plain float32 code, or of one rounding."""
+    x, w, target = problem(c, sum(sizes), torch.float32)
+    margin = tm.ArcFace(m=0.3, s=32.0)
+    _, head = heads(c, w, margin=margin, gradient_for="sum")
+    own, range_ = mine(sizes), slice(head.shard.start, head.shard.stop)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        a, b = x.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
+        loss = tm.reference.margin_cross_entropy(a, b, target, margin)
+        grads.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
+    leaf = x[own].clone().requires_grad_()
+    loss = head(leaf, target[own])
+    loss.backward()
+    for ours, exact, plain, part in zip(
+        (loss.detach(), leaf.grad, head.weight.grad), *grads, (slice(None), own, range_), strict=True
+    ):
+        whole = exact if exact.ndim == 0 else exact[part]
+        if not whole.numel():
+            continue
+        budget = 2.0 * (plain.double() - exact).norm() + 2 * torch.finfo(torch.float32).eps * exact.norm()
+        assert (ours.double() - whole).norm() <= budget
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@some_or_all
+@every_layout
+def test_13_twenty_steps_on_ranks_equal_one_process(layout: str, names: tuple[str, ...]) -> None:
+    """Sampled and full, mean and sum, with momentum, the update after backward and inside it: W to 1e-10."""
+    world, *rest = LAYOUTS[layout]
+    on_ranks(world, twenty_steps, names, *rest)
+
+
+def twenty_steps(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
+    own = mine(sizes)
+    for name, reduction, rate, inside in itertools.product(names, ("mean", "sum"), (1.0, 0.4), (False, True)):
+        if inside and reduction == "sum":
+            continue
+        _, w, _ = problem(c, sum(sizes))
+        one, head = heads(c, w, margin=MARGINS[name](), reduction=reduction, gradient_for="sum", sparse_grad=True,
+                          sample_rate=rate)  # fmt: skip
+        options = dict(lr=0.05 if reduction == "mean" else 0.01, momentum=0.9, weight_decay=0.01)
+        optimisers = [tm.optim.RowSGD([each.weight], **options) for each in (one, head)]
+        if inside:
+            head.update_in_backward(optimisers[1])
+        for step in range(20):
+            x, _, target = problem(c, sum(sizes), seed=100 + step)
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            leaf, whole = x[own].clone().requires_grad_(), x.clone().requires_grad_()
+            loss = head(leaf, target[own])
+            loss.backward()
+            # The union of what the ranks drew, which each rank can draw again.
+            ids = None
+            if rate < 1.0:
+                drawn = []
+                for rank in range(dist.get_world_size()):
+                    start, stop = shard_range(c, rank, dist.get_world_size())
+                    local = torch.where((target >= start) & (target < stop), target - start, -1)
+                    drawn.append(Sampler(rate, torch.tensor([0, step]), start).draw(local, stop - start) + start)
+                ids = torch.cat(drawn)
+            expected = one(whole, target, class_ids=ids)
+            expected.backward()
+            for optimiser in optimisers:
+                optimiser.step()
+            close(loss.detach(), expected.detach(), 1e-10, (name, rate, inside, step, "loss"))
+            close(leaf.grad, whole.grad[own], 1e-10, (name, rate, inside, step, "dx"))
+        close(head.weight.detach(), one.weight.detach()[head.shard.start : head.shard.stop], 1e-10, (name, "W"))
+
+
+def test_13_gradients_of_a_backbone_in_ddp_fsdp_or_averaged_by_hand() -> None:
+    """gradient_for: under DDP and fully_shard, which average, "ddp" gives the exact gradient; summed by hand, "sum"."""
+    on_ranks(2, backbones)
+
+
+def backbones() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    sizes, c = [3, 5], 20
+    x, w, target = problem(c, 8)
+    own = mine(sizes)
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Linear(D, 12), nn.Tanh(), nn.Linear(12, D)).double()
+    one, _ = heads(c, w)
+    one(plain(x), target).backward()
+    expected = [parameter.grad.clone() for parameter in plain.parameters()]
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(D, 12), nn.Tanh(), nn.Linear(12, D)).double()
+
+    ways = {
+        "ddp": (nn.parallel.DistributedDataParallel(fresh()), "ddp"),
+        "fsdp": (fully_shard(fresh(), mesh=init_device_mesh("cpu", (2,))), "ddp"),
+        "by hand": (fresh(), "sum"),
+        "compiled ddp": (torch.compile(nn.parallel.DistributedDataParallel(fresh()), backend="aot_eager"), "ddp"),
+    }
+    for way, (backbone, gradient_for) in ways.items():
+        _, head = heads(c, w, gradient_for=gradient_for)
+        head(backbone(x[own]), target[own]).backward()
+        for parameter, exact in zip(backbone.parameters(), expected, strict=True):
+            grad = parameter.grad
+            if way == "by hand":
+                dist.all_reduce(grad)
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            close(grad, exact, 1e-12, way)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, head = heads(c, w.float())
+        loss = head(x[own].float(), target[own])
+    exact = one(x, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_some_ranks_goes_on_with_others(tmp_path: Any) -> None:
+    """Head, sampler and row optimiser, 3 ranks -> 2 -> 4 -> 1: weights bit for bit, and then the same steps."""
+    for number, world in enumerate((3, 2, 4, 1)):
+        on_ranks(world, goes_on, str(tmp_path), number)
+
+
+def goes_on(folder: str, number: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    c = 10
+    torch.manual_seed(number)
+    head = tm.MarginSoftmaxLoss(D, c, sample_rate=0.5, bias=True, process_group=dist.group.WORLD, dtype=torch.float64)
+    optimiser = tm.optim.RowAdamW(head.parameters(), lr=0.01)
+    if number:
+        step(head, optimiser, 0)  # so that there is state to load into
+        state = {"head": head.state_dict(), "optimiser": optimiser.state_dict()}
+        dcp.load(state, checkpoint_id=f"{folder}/{number - 1}")
+        head.load_state_dict(state["head"])
+        optimiser.load_state_dict(state["optimiser"])
+    before = torch.load(f"{folder}/{number - 1}.pt") if number else None
+    if before is not None:
+        assert torch.equal(gathered(head.weight), before["weight"])
+        for name, value in optimiser.state[head.weight].items():
+            assert torch.equal(value if name == "step" else gathered(value), before[name]), name
+        assert torch.equal(head.sampler, before["sampler"])
+    for i in range(3):
+        step(head, optimiser, i)
+    dcp.save({"head": head.state_dict(), "optimiser": optimiser.state_dict()}, checkpoint_id=f"{folder}/{number}")
+    state = optimiser.state[head.weight]
+    kept = {name: value if name == "step" else gathered(value) for name, value in state.items()}
+    kept |= {"weight": gathered(head.weight), "sampler": head.sampler}
+    if dist.get_rank() == 0:
+        torch.save(kept, f"{folder}/{number}.pt")
+
+
+def step(head: tm.MarginSoftmaxLoss, optimiser: tm.optim.RowAdamW, seed: int) -> None:
+    x, _, target = problem(head.num_classes, 5, seed=seed)
+    optimiser.zero_grad()
+    head(x, target).backward()
+    optimiser.step()
+
+
+def gathered(own: Tensor) -> Tensor:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own.detach())
+    return torch.cat(parts)
+
+
+def test_each_rank_starts_from_rows_of_its_own() -> None:
+    rows = [torch.tensor(each) for each in on_ranks(2, fresh_rows)]
+    assert not torch.equal(rows[0], rows[1])
+    assert abs(float(torch.cat(rows).std()) - 0.01) < 0.001
+
+
+def fresh_rows() -> list[list[float]]:
+    torch.manual_seed(0)
+    rows: list[list[float]] = tm.MarginSoftmaxLoss(D, 1000, process_group=dist.group.WORLD).weight.tolist()
+    return rows
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_14_ranks_that_disagree_all_hear_what_about() -> None:
+    on_ranks(2, disagreements)
+
+
+def disagreements() -> None:
+    rank = dist.get_rank()
+    for name, options in {
+        "num_classes": dict(num_classes=10 + rank),
+        "embedding_dim": dict(embedding_dim=D + rank),
+        "margin": dict(margin=tm.ArcFace(m=0.1 * (1 + rank))),
+        "dtype": dict(dtype=(torch.float32, torch.bfloat16)[rank]),
+        "sample_rate": dict(sample_rate=0.5 + 0.1 * rank),
+        "reduction": dict(reduction=("mean", "sum")[rank]),
+    }.items():
+        arguments: dict[str, Any] = dict(embedding_dim=D, num_classes=10) | options
+        with pytest.raises(ValueError, match=f"{name} is .* on rank 1, .* on rank 0"):
+            tm.MarginSoftmaxLoss(process_group=dist.group.WORLD, **arguments)
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+    x, target = made(3, D).float(), torch.tensor([1, 2, 3 if rank else 11])
+    with pytest.raises((ValueError, RuntimeError), match="rank 0 .* had an error" if rank else "class number 11"):
+        head(x, target)
+    with pytest.raises((ValueError, RuntimeError), match="rank 1 .* had an error" if not rank else "same width"):
+        head(x[:, : D - rank], torch.tensor([1, 2, 3]))
+    assert head(x, torch.tensor([1, 2, 3])).isfinite(), "usable after an error"
+
+
+def test_14_nan_on_one_rank_is_seen_by_all() -> None:
+    on_ranks(3, nan_on_one)
+
+
+def nan_on_one() -> None:
+    for reduction in ("mean", "sum", "none"):
+        for way in ("raise", "skip"):
+            head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, on_nonfinite=way, reduction=reduction)
+            x = made(2, D, seed=dist.get_rank()).float()
+            if dist.get_rank() == 1:
+                x[1, 3] = torch.nan
+            x.requires_grad_()
+            target = torch.tensor([1, 9])
+            if way == "raise":
+                with pytest.raises(FloatingPointError, match="on all ranks"):
+                    head(x, target)
+            else:
+                before = head.weight.detach().clone()
+                optimiser = tm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
+                head(x, target).sum().backward()
+                optimiser.step()
+                assert torch.equal(x.grad, torch.zeros_like(x))
+                assert torch.equal(head.weight, before)
+            head(made(2, D).float(), target).sum().backward()
+            assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("moment", ["before the step", "between forward and backward"])
+def test_14_a_dead_rank_ends_the_others_within_the_timeout(moment: str) -> None:
+    begin = time.monotonic()
+    errors = on_ranks(3, one_dies, moment, timeout=5.0)
+    assert errors[1] is None
+    assert all("error" in str(error).lower() or "closed" in str(error).lower() for error in (errors[0], errors[2]))
+    assert time.monotonic() - begin < 40
+
+
+def one_dies(moment: str) -> str:
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+    x = made(2, D, seed=dist.get_rank()).float().requires_grad_()
+    if dist.get_rank() == 1 and moment == "before the step":
+        os._exit(1)
+    try:
+        loss = head(x, torch.tensor([1, 9]))
+        if dist.get_rank() == 1:
+            os._exit(1)
+        loss.backward()
+    except RuntimeError as error:
+        return f"error: {error}"
+    return "nothing happened"
