@@ -11,7 +11,6 @@ import pickle
 import signal
 import sys
 import threading
-import types
 import warnings
 from pathlib import Path
 
@@ -178,6 +177,48 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
     others_optimizer.load_state_dict(state["optimizer"])
     train(other, others_optimizer, range(3, 6))
     assert torch.equal(other.weight, head.weight)
+
+
+def trained(group, steps):
+    """A head of 5 classes, none on the last of 4 ranks, and its optimizer; sharded if there is a group."""
+    torch.manual_seed(0)
+    head = tm.MarginSoftmaxLoss(
+        D, 5, bias=True, process_group=group, class_weight=torch.arange(1.0, 6.0), sample_rate=0.5
+    )
+    optimizer = RowAdamW(head.parameters(), lr=0.1)
+    for step in range(steps):
+        head(matrix(6, step), (torch.arange(6) + step) % 5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return head, optimizer, {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def heads_of_any_ranks(rank, folder):
+    groups = {count: first_ranks(count) for count in range(1, WORLD + 1)}
+    for writers in groups:
+        if rank < writers:
+            save(f"{folder}/{writers}", trained(groups[writers], 3)[2], 3, group=groups[writers])
+        dist.barrier()
+        head, optimizer, whole = trained(None, 1)
+        load(f"{folder}/{writers}", whole)
+        for readers in groups:
+            if rank < readers:
+                head, optimizer, state = trained(groups[readers], 1)
+                load(f"{folder}/{writers}", state, group=groups[readers])
+                head.load_state_dict(state["head"])
+                optimizer.load_state_dict(state["optimizer"])
+                own = slice(head.shard.start, head.shard.stop)
+                for name, tensor in (*head.named_parameters(), ("class_weight", head.class_weight)):
+                    assert torch.equal(tensor, whole["head"][name][own])
+                assert torch.equal(head.sampler, whole["head"]["sampler"])
+                for place, parameter in enumerate(head.parameters()):
+                    for name, tensor in optimizer.state[parameter].items():
+                        expected = whole["optimizer"]["state"][place][name]
+                        assert torch.equal(tensor, expected if name == "step" else expected[own])
+
+
+def test_trained_heads_and_optimizers_come_back_on_any_number_of_ranks(pool, tmp_path):
+    pool(heads_of_any_ranks, tmp_path)
 
 
 def test_tensors_are_cast_to_the_dtype_of_the_state(tmp_path):
@@ -424,6 +465,8 @@ def failures(rank, folder):
         with pytest.raises(CheckpointError) as raised:
             save(folder, state, 2, asynchronous=asynchronous).result()
         messages.append((2, str(raised.value)))
+        with pytest.raises(CheckpointError, match="rank 3: state has 'more' here or on rank 0 only"):
+            save(folder, state_of(10, 2, shard) | ({"more": 1} if rank == 3 else {}), 2)
         dist.barrier()
         assert names(folder) == ["step_0000000001"]
         state = state_of(10, 7, shard)
@@ -578,10 +621,11 @@ def test_a_save_that_fails_in_the_background_says_so_when_asked(tmp_path):
 
 
 def head_of(c, seed, shard=None):
+    head = tm.MarginSoftmaxLoss(D, c, process_group=None if shard is None else shard.group)
     weight = matrix(c, seed)
     weight[c // 2] = 0.0
-    own = weight if shard is None else weight[shard.start : shard.stop].clone()
-    return types.SimpleNamespace(weight=torch.nn.Parameter(own), num_classes=c, embedding_dim=D, shard=shard)
+    head.load_state_dict({"weight": weight})
+    return head
 
 
 def exported(rank, folder):
@@ -722,7 +766,7 @@ def test_files_of_insightface_that_do_not_fit_are_named(tmp_path):
     fails(r"has neither rank_\{r\}_softmax_weight.pt and checkpoint_gpu_\{r\}.pt")
     write_insightface(tmp_path, "rank", 10)
     fails("3 files have 10 classes, head has 12", head_of(12, 1))
-    wide = types.SimpleNamespace(weight=torch.zeros(10, D + 1), num_classes=10, embedding_dim=D + 1, shard=None)
+    wide = tm.MarginSoftmaxLoss(D + 1, 10)
     fails(r"rank_0_softmax_weight.pt has rows of shape \(4, 5\), head has \[..., 6\]", wide)
     (tmp_path / "rank_1_softmax_weight.pt").rename(tmp_path / "kept")
     fails("has no rank_1_softmax_weight.pt, but later ones")

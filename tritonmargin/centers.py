@@ -201,7 +201,7 @@ def insightface_rows(file: Path) -> Tensor:
 
 
 def shard_of(head: MarginSoftmaxLoss) -> Shard | None:
-    return getattr(head, "shard", None)
+    return head.shard
 
 
 def ranks_of(head: MarginSoftmaxLoss) -> Ranks:

@@ -101,13 +101,21 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
     """The checkpoint of prepared leaves, on all ranks."""
     unfinished = path.with_name(path.name + PARTIAL)
 
-    def prepare() -> None:
-        prepared.result()
+    def prepare() -> list[str]:
+        names = list(prepared.result()) if ranks.rank == 0 else []
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             for leftover in path.parent.glob(f"step_*{PARTIAL}"):
                 shutil.rmtree(leftover, ignore_errors=True)
             unfinished.mkdir()
+        return names
+
+    def compare() -> None:
+        different = set(names) ^ set(prepared.result())
+        if different:
+            raise CheckpointError(
+                f"state has {min(different)!r} here or on rank 0 only: names must be the same on all ranks"
+            )
 
     def write_leaves() -> None:
         with no_warning():
@@ -129,7 +137,8 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
             prune(path.parent, step, keep)
 
     try:
-        ranks.together(prepare)
+        names = ranks.gather(prepare)[0]
+        ranks.together(compare)
         ranks.together(write_leaves)
         files = {name: found for own in ranks.gather(sign) for name, found in own.items()}
         ranks.together(finish)
