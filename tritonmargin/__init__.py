@@ -1,6 +1,6 @@
 """tritonmargin: softmax cross-entropy with margins over millions of classes, without the N x C logits."""
 
-from tritonmargin import optim, reference
+from tritonmargin import checkpoint, optim, reference
 from tritonmargin.functional import Stats, linear_cross_entropy, margin_cross_entropy
 from tritonmargin.kernels import use_backend
 from tritonmargin.margins import (
@@ -39,6 +39,7 @@ __all__ = [
     "Stats",
     "TargetRows",
     "WarmUp",
+    "checkpoint",
     "linear_cross_entropy",
     "margin_cross_entropy",
     "optim",

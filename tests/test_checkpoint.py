@@ -1,0 +1,814 @@
+"""Checkpoints: back bit for bit on any number of ranks, and never half of one."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import functools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Pool
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tritonmargin as tm
+from tritonmargin import agree, centers, manifest
+from tritonmargin.checkpoint import CheckpointError, load, save
+from tritonmargin.optim import RowAdamW
+from tritonmargin.parallel import Shard
+
+WORLD = 4
+D = 5
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    pool = Pool(WORLD, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
+
+
+def matrix(c, seed):
+    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(c, seed, shard=None):
+    """What a head and an optimizer put into a checkpoint; all numbers follow from the seed."""
+
+    def rows(full):
+        return full if shard is None else shard.as_dtensor(full[shard.start : shard.stop].clone())
+
+    return {
+        "head": {"weight": rows(matrix(c, seed)), "bias": rows(matrix(c, seed + 1)[:, 0].clone())},
+        "optimizer": {
+            "state": {
+                0: {
+                    "step": torch.tensor(seed),
+                    "exp_avg": rows(matrix(c, seed + 2).bfloat16()),
+                    "row_steps": rows(torch.arange(c, dtype=torch.int32) + seed),
+                }
+            },
+            "param_groups": [
+                {"lr": 0.1 * seed, "betas": (0.9, seed), "params": list(range(seed)), "dtype": torch.int8}
+            ],
+        },
+        "random": torch.Generator().manual_seed(seed).get_state(),
+        "schedule": {"names": {7: "seven"}, "last": [seed] * seed},
+        "epoch": seed,
+    }
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_same(ours, expected):
+    assert type(ours) is type(expected)
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(local(ours), local(expected))
+    elif isinstance(ours, dict):
+        assert list(ours) == list(expected)
+        for key in ours:
+            assert_same(ours[key], expected[key])
+    else:
+        assert ours == expected
+
+
+@functools.cache
+def first_ranks(count):
+    """A group of the first ranks; made by all of them, in the same order."""
+    return dist.new_group(list(range(count)))
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+# -- round trips -------------------------------------------------------------------------------------------------------
+
+
+def round_trips(rank, folder):
+    groups = {count: first_ranks(count) for count in range(1, WORLD + 1)}
+    for c in (10, 3):
+        for writers in range(1, WORLD + 1):
+            place = f"{folder}/{c}_{writers}"
+            if rank < writers:
+                save(place, state_of(c, 4, Shard(c, groups[writers])), 17, group=groups[writers])
+            dist.barrier()
+            for readers in range(1, WORLD + 1):
+                if rank < readers:
+                    shard = Shard(c, groups[readers])
+                    state = state_of(c, 1, shard)
+                    assert load(place, state, group=groups[readers]) == 17
+                    assert_same(state, state_of(c, 4, shard))
+            plain = state_of(c, 1)
+            assert load(place, plain) == 17  # every rank the whole matrix
+            assert_same(plain, state_of(c, 4))
+
+
+def test_any_number_of_ranks_reads_what_any_number_wrote_bit_for_bit(pool, tmp_path):
+    pool(round_trips, tmp_path)
+    for place in tmp_path.iterdir():
+        state = state_of(int(place.name.split("_")[0]), 1)
+        assert load(place, state) == 17
+        assert_same(state, state_of(len(state["head"]["weight"]), 4))
+
+
+def test_one_process_alone_needs_no_group_and_hears_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert save(tmp_path / "new" / "folder", state_of(10, 4), 3).result() == tmp_path / "new/folder/step_0000000003"
+        state = state_of(10, 1)
+        assert load(str(tmp_path / "new" / "folder"), state) == 3
+    assert_same(state, state_of(10, 4))
+
+
+def test_values_come_back_in_the_dicts_and_lists_that_the_caller_holds(tmp_path):
+    save(tmp_path, state_of(10, 4), 0)
+    state = state_of(10, 1)
+    schedule, last, weight = state["schedule"], state["optimizer"]["param_groups"], state["head"]["weight"]
+    load(tmp_path, state)
+    assert_same(schedule, state_of(10, 4)["schedule"])
+    assert last[0]["params"] == [0, 1, 2, 3]
+    assert torch.equal(weight, matrix(10, 4))
+
+
+def test_parts_of_a_checkpoint_can_be_read(tmp_path):
+    save(tmp_path, state_of(10, 4), 0)
+    head = {"head": state_of(10, 1)["head"]}
+    load(tmp_path, head)
+    assert_same(head["head"], state_of(10, 4)["head"])
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def training():
+        torch.manual_seed(0)
+        head = tm.MarginSoftmaxLoss(D, 20)
+        return head, RowAdamW(head.parameters(), lr=0.1)
+
+    def train(head, optimizer, steps):
+        for step in steps:
+            head(matrix(6, step), torch.arange(6) + step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    head, optimizer = training()
+    train(head, optimizer, range(3))
+    save(tmp_path, {"head": head.state_dict(), "optimizer": optimizer.state_dict()}, 3)
+    train(head, optimizer, range(3, 6))
+    other, others_optimizer = training()
+    train(other, others_optimizer, range(7, 8))  # an optimizer has no state before its first step
+    state = {"head": other.state_dict(), "optimizer": others_optimizer.state_dict()}
+    assert load(tmp_path, state) == 3
+    other.load_state_dict(state["head"])
+    others_optimizer.load_state_dict(state["optimizer"])
+    train(other, others_optimizer, range(3, 6))
+    assert torch.equal(other.weight, head.weight)
+
+
+def trained(group, steps):
+    """A head of 5 classes, none on the last of 4 ranks, and its optimizer; sharded if there is a group."""
+    torch.manual_seed(0)
+    head = tm.MarginSoftmaxLoss(
+        D, 5, bias=True, process_group=group, class_weight=torch.arange(1.0, 6.0), sample_rate=0.5
+    )
+    optimizer = RowAdamW(head.parameters(), lr=0.1)
+    for step in range(steps):
+        head(matrix(6, step), (torch.arange(6) + step) % 5).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return head, optimizer, {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def heads_of_any_ranks(rank, folder):
+    groups = {count: first_ranks(count) for count in range(1, WORLD + 1)}
+    for writers in groups:
+        if rank < writers:
+            save(f"{folder}/{writers}", trained(groups[writers], 3)[2], 3, group=groups[writers])
+        dist.barrier()
+        head, optimizer, whole = trained(None, 1)
+        load(f"{folder}/{writers}", whole)
+        for readers in groups:
+            if rank < readers:
+                head, optimizer, state = trained(groups[readers], 1)
+                load(f"{folder}/{writers}", state, group=groups[readers])
+                head.load_state_dict(state["head"])
+                optimizer.load_state_dict(state["optimizer"])
+                own = slice(head.shard.start, head.shard.stop)
+                for name, tensor in (*head.named_parameters(), ("class_weight", head.class_weight)):
+                    assert torch.equal(tensor, whole["head"][name][own])
+                assert torch.equal(head.sampler, whole["head"]["sampler"])
+                for place, parameter in enumerate(head.parameters()):
+                    for name, tensor in optimizer.state[parameter].items():
+                        expected = whole["optimizer"]["state"][place][name]
+                        assert torch.equal(tensor, expected if name == "step" else expected[own])
+
+
+def test_trained_heads_and_optimizers_come_back_on_any_number_of_ranks(pool, tmp_path):
+    pool(heads_of_any_ranks, tmp_path)
+
+
+def test_tensors_are_cast_to_the_dtype_of_the_state(tmp_path):
+    save(tmp_path, {"weight": matrix(10, 4)}, 0)
+    state = {"weight": torch.zeros(10, D, dtype=torch.float64)}
+    load(tmp_path, state)
+    assert torch.equal(state["weight"], matrix(10, 4).double())
+
+
+def test_the_newest_complete_checkpoint_is_read_unless_another_is_asked_for(tmp_path):
+    assert load(tmp_path / "missing", {"seed": 0}) is None
+    (tmp_path / "step_0000000009.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert load(tmp_path, {"seed": 0}) is None
+    for step in (3, 1, 12_345_678_901):
+        save(tmp_path, {"seed": step}, step, keep=3)
+    for step, expected in ((None, 12_345_678_901), (1, 1), (3, 3)):
+        state = {"seed": 0}
+        assert load(tmp_path, state, step=step) == expected
+        assert state["seed"] == expected
+    with pytest.raises(CheckpointError, match=r"step_0000000009 .*no such checkpoint.*step=: 1, 3, 12345678901\)"):
+        load(tmp_path, {"seed": 0}, step=9)
+
+
+def test_old_checkpoints_are_removed_and_never_the_one_just_written(tmp_path):
+    for step in (5, 6, 7):
+        save(tmp_path, {"seed": step}, step)
+    assert names(tmp_path) == ["step_0000000006", "step_0000000007"]
+    save(tmp_path, {"seed": 2}, 2)  # gone on from an older one
+    assert names(tmp_path) == ["step_0000000002", "step_0000000007"]
+    save(tmp_path, {"seed": 8}, 8, keep=1)
+    assert names(tmp_path) == ["step_0000000008"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for seed in (1, 2):
+        save(tmp_path, {"seed": seed}, 5)
+    state = {"seed": 0}
+    assert load(tmp_path, state) == 5
+    assert state["seed"] == 2
+    assert names(tmp_path) == ["step_0000000005"]
+
+
+# -- shapes and names --------------------------------------------------------------------------------------------------
+
+
+def grown(rank, folder):
+    for writers in (1, 3, 4):
+        place, group = f"{folder}/{writers}", first_ranks(writers)
+        if rank < writers:
+            save(place, state_of(7, 4, Shard(7, group)), 1, group=group)
+        dist.barrier()
+        for readers in range(1, WORLD + 1):
+            group = first_ranks(readers)
+            if rank >= readers:
+                continue
+            for c in (8, 13, 29):
+                shard = Shard(c, group)
+                state = state_of(c, 1, shard)
+                with pytest.raises(
+                    CheckpointError, match=rf"'head.weight' has shape \(7, 5\) .*\({c}, 5\) in state, pass"
+                ):
+                    load(place, state, group=group)
+                assert_same(state, state_of(c, 1, shard))
+                load(place, state, group=group, resize="grow")
+                expected = matrix(c, 1)
+                expected[:7] = matrix(7, 4)
+                assert torch.equal(local(state["head"]["weight"]), expected[shard.start : shard.stop])
+                counts = torch.arange(c, dtype=torch.int32) + torch.where(torch.arange(c) < 7, 4, 1).int()
+                ours = local(state["optimizer"]["state"][0]["row_steps"])
+                assert torch.equal(ours, counts[shard.start : shard.stop])
+                assert state["epoch"] == 4
+            shard = Shard(6, group)
+            state = state_of(6, 1, shard)
+            with pytest.raises(CheckpointError, match=r"'head.weight' has shape \(7, 5\) in .* \(6, 5\) in state,"):
+                load(place, state, group=group, resize="grow")
+            assert_same(state, state_of(6, 1, shard))
+
+
+def test_more_classes_keep_their_new_rows_and_only_if_asked_for(pool, tmp_path):
+    pool(grown, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.zeros(7, D), "n": {"x": torch.zeros(2)}}, "'n.x' is in state and not in the checkpoint"),
+        ({"more": {}, "weight": torch.zeros(7, D)}, "'more' is in state and not in the checkpoint"),
+        ({"weight": None}, "'weight' is a Python value in state and a tensor in the checkpoint"),
+        ({"optimizer": {"lr": 0.1}}, "0: 'optimizer' has no tensors in state but in the checkpoint, such as"),
+        ({"optimizer": {"lr": 0.1, "x": torch.zeros(1)}}, "'optimizer.exp_avg' is in the checkpoint and not in state"),
+        ({"optimizer": {"exp_avg": torch.zeros(8, D), "lr": 0.1}}, r"'optimizer.exp_avg' has shape \(7, 5\)"),
+        ({"optimizer": {"exp_avg": torch.zeros(7, D), "lr": torch.zeros(1)}}, "'optimizer.lr' is a tensor in"),
+        ({"weight": torch.zeros(8, D + 1)}, r"'weight' has shape \(7, 5\) in the checkpoint and \(8, 6\) in state \("),
+        ({"weight": torch.zeros(())}, r"'weight' has shape \(7, 5\) in the checkpoint and \(\) in state \("),
+        ({"weight": torch.nn.Linear(2, 2)}, r"'weight' is a Linear: put its state_dict\(\) into state"),
+        ({"weight": (torch.zeros(7, D),)}, "'weight' is a tuple of tensors"),
+        ({"weight": torch.zeros(7, D), "a": {"b": torch.zeros(1)}, "a.b": 1}, "two entries of the name 'a.b'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_is_changed(tmp_path, state, message):
+    save(tmp_path, {"weight": matrix(7, 4), "optimizer": {"exp_avg": matrix(7, 5), "lr": 0.1}}, 1)
+    before = pickle.dumps(state)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, state)
+    assert pickle.dumps(state) == before
+
+
+def test_bad_arguments_are_named(tmp_path):
+    for arguments, message in (
+        (dict(step=-1), "step must be an integer >= 0, got -1"),
+        (dict(step=True), "step must be an integer"),
+        (dict(step=1, keep=0), "keep must be an integer >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path, {}, **arguments)
+    with pytest.raises(TypeError, match="state must be a dict, got list"):
+        save(tmp_path, [], 1)
+    with pytest.raises(ValueError, match="resize must be None or 'grow', got 'shrink'"):
+        load(tmp_path, {}, resize="shrink")
+    with pytest.raises(TypeError, match="state must be a dict, got NoneType"):
+        load(tmp_path, None)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_is_named_and_nothing_is_changed(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, state_of(10, step), step)
+    newest = tmp_path / "step_0000000002"
+    for name in names(newest):
+        content = (newest / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+        for damaged in (None, content[:-1], b"", content + b"\0", flipped):
+            (newest / name).unlink(missing_ok=True)
+            if damaged is not None:
+                (newest / name).write_bytes(damaged)
+            state = state_of(10, 7)
+            with pytest.raises(CheckpointError, match=rf"step_0000000002 .*{name}.*step=: 1\)"):
+                load(tmp_path, state)
+            assert_same(state, state_of(10, 7))
+        (newest / name).write_bytes(content)
+    (newest / "__0_0.distcp").unlink()
+    state = state_of(10, 7)
+    assert load(tmp_path, state, step=1) == 1
+    assert_same(state, state_of(10, 1))
+
+
+def test_no_flipped_byte_of_the_manifest_changes_what_is_read(tmp_path):
+    save(tmp_path, {"weight": matrix(3, 1)}, 1)
+    path = tmp_path / "step_0000000001" / "manifest.json"
+    content = path.read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        state = {"weight": torch.zeros(3, D)}
+        try:
+            load(tmp_path, state)
+            assert torch.equal(state["weight"], matrix(3, 1))
+        except CheckpointError:
+            refused += 1
+            assert not state["weight"].any()
+    assert refused > len(content) / 2
+
+
+def damaged(rank, folder):
+    save(folder, state_of(10, 4, Shard(10)), 1)
+    if rank == 0:
+        part = Path(folder) / "step_0000000001" / "__2_0.distcp"
+        content = bytearray(part.read_bytes())
+        content[len(content) // 3] ^= 1
+        part.write_bytes(content)
+    dist.barrier()
+    state = state_of(10, 2, Shard(10))
+    with pytest.raises(CheckpointError, match=r"__2_0\.distcp is damaged") as raised:
+        load(folder, state)
+    assert_same(state, state_of(10, 2, Shard(10)))
+    return str(raised.value)
+
+
+def test_all_ranks_hear_of_a_damaged_file(pool, tmp_path):
+    assert len(set(pool(damaged, tmp_path))) == 1
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """After `room` bytes, writing into files of these names fails, as it does on a full disk."""
+
+    def __init__(self, pattern, room=100):
+        self.pattern, self.room = pattern, room
+        self.open, self.path_open = builtins.open, Path.open
+
+    def __enter__(self):
+        builtins.open = self.opener(self.open)
+        Path.open = self.opener(self.path_open)
+
+    def __exit__(self, *error):
+        builtins.open, Path.open = self.open, self.path_open
+
+    def opener(self, plain):
+        def opened(path, mode="r", *args, **kwargs):
+            stream = plain(path, mode, *args, **kwargs)
+            return Full(stream, self.room) if self.pattern in str(path) and "r" not in mode else stream
+
+        return opened
+
+
+class Full:
+    def __init__(self, stream, room):
+        self.stream, self.room = stream, room
+
+    def write(self, content):
+        self.room -= len(content)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.stream.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stream.close()
+
+
+def failures(rank, folder):
+    messages = []
+    shard = Shard(10)
+    save(folder, state_of(10, 1, shard), 1)
+    for asynchronous in (False, True):
+        for failing, where in ((1, ".distcp"), (3, ".distcp"), (0, ".distcp"), (0, ".metadata"), (0, "manifest.json")):
+            with FullDisk(where if rank == failing else "nothing"):
+                with pytest.raises(CheckpointError) as raised:
+                    save(folder, state_of(10, 2, shard), 2, asynchronous=asynchronous).result()
+                messages.append((failing, str(raised.value)))
+            dist.barrier()
+        state = state_of(10, 2, shard) | ({"extra": (torch.ones(1),)} if rank == 2 else {})
+        with pytest.raises(CheckpointError) as raised:
+            save(folder, state, 2, asynchronous=asynchronous).result()
+        messages.append((2, str(raised.value)))
+        with pytest.raises(CheckpointError, match="rank 3: state has 'more' here or on rank 0 only"):
+            save(folder, state_of(10, 2, shard) | ({"more": 1} if rank == 3 else {}), 2)
+        dist.barrier()
+        assert names(folder) == ["step_0000000001"]
+        state = state_of(10, 7, shard)
+        assert load(folder, state) == 1
+        assert_same(state, state_of(10, 1, shard))
+    save(folder, state_of(10, 3, shard), 3)  # and then all is well
+    assert load(folder, state) == 3
+    assert_same(state, state_of(10, 3, shard))
+    return messages
+
+
+def test_a_full_disk_of_one_rank_stops_the_save_of_all_and_leaves_the_last_one(pool, tmp_path):
+    messages = pool(failures, tmp_path)
+    assert all(own == messages[0] for own in messages)
+    for failing, message in messages[0]:
+        assert "step_0000000002 was not written" in message
+        assert f"rank {failing}: " in message
+        assert sum(f"rank {rank}: " in message for rank in range(WORLD)) == 1
+        assert "tuple of tensors" in message if failing == 2 else "OSError: [Errno 28] No space left" in message
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inner"):
+        with pytest.raises(CheckpointError, match=r"inner/step|file/step.*rank 0: (FileExists|NotADirectory)Error"):
+            save(folder, {"seed": 1}, 1)
+    with pytest.raises(CheckpointError, match="NotADirectoryError"):
+        load(tmp_path / "file", {"seed": 1})
+
+
+def test_ranks_on_different_file_systems_are_told_so(tmp_path):
+    (tmp_path / "a.partial").mkdir()
+    with pytest.raises(CheckpointError, match=r"different files in a.partial, such as __1_0.distcp"):
+        manifest.publish(tmp_path / "a.partial", tmp_path / "a", 1, 2, {"__1_0.distcp": {}})
+
+
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+
+def killed(folder, step, answers):
+    """A save of `step` over steps 1 and 2, killed in front of each of its operations on files, one after the other."""
+    for moment in range(1000):
+        place = Path(folder) / str(moment)
+        for seed in (1, 2):
+            save(place, state_of(10, seed), seed)
+        child = os.fork()
+        if child == 0:
+            left = [moment]
+
+            def hook(event, args, left=left, place=place):
+                if event in FILE_EVENTS and str(place) in str(args[0]):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            save(place, state_of(10, 9), step)
+            os._exit(0)
+        died = os.waitpid(child, 0)[1]
+        state = state_of(10, 7)
+        found = load(place, state)
+        assert_same(state, state_of(10, state["epoch"]))
+        save(place, state_of(10, 8), 30)
+        assert load(place, {"epoch": 0}) == 30
+        assert names(place)[-1] == "step_0000000030"
+        assert not any(name.endswith(".partial") for name in names(place))
+        answers.append((died, found, state["epoch"]))
+        if died == 0:
+            return
+
+
+def report_killed(pipe, folder):
+    reports = []
+    for step in (3, 2):
+        answers = []
+        killed(f"{folder}/{step}", step, answers)
+        reports.append(answers)
+    pipe.send(reports)
+
+
+def test_a_save_that_is_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
+    context = multiprocessing.get_context("spawn")  # a process without threads, to be forked
+    pipe, end = context.Pipe()
+    process = context.Process(target=report_killed, args=(end, tmp_path))
+    process.start()
+    end.close()
+    new, replaced = pipe.recv()
+    process.join()
+    # Step 2 until the new one has its name, then step 3.
+    assert [found for _, found, _ in new] == sorted(found for _, found, _ in new)
+    assert {(found, epoch) for _, found, epoch in new} == {(2, 2), (3, 9)}
+    assert new[-1] == (0, 3, 9)
+    assert len(new) > 10
+    # The old step 2, the new one, or between their two renames step 1.
+    assert {(found, epoch) for _, found, epoch in replaced} == {(2, 2), (1, 1), (2, 9)}
+    assert [epoch for _, _, epoch in replaced].count(1) == 1
+
+
+# -- in the background -------------------------------------------------------------------------------------------------
+
+
+def asynchronous(rank, folder):
+    shard = Shard(10)
+    for step in (1, 2, 3):
+        state = state_of(10, step, shard)
+        future = save(folder, state, step, asynchronous=True)
+        for _ in range(5):  # a training step meanwhile
+            for tensor in tree_leaves(state):
+                if isinstance(tensor, torch.Tensor):
+                    local(tensor).fill_(77)
+            state["schedule"]["last"].clear()
+            total = torch.ones(3)
+            dist.all_reduce(total)
+            assert total.tolist() == [WORLD] * 3
+    loaded = state_of(10, 7, shard)
+    assert load(folder, loaded) == 3
+    assert_same(loaded, state_of(10, 3, shard))
+    assert future.result() == Path(folder) / "step_0000000003"
+
+
+def test_a_state_that_changes_meanwhile_is_saved_as_it_was(pool, tmp_path):
+    pool(asynchronous, tmp_path)
+    assert names(tmp_path) == ["step_0000000002", "step_0000000003"]
+
+
+def test_a_save_in_the_background_comes_back_at_once(tmp_path, monkeypatch):
+    go, publish = threading.Event(), manifest.publish
+    monkeypatch.setattr(tm.checkpoint, "publish", lambda *args: (go.wait(), publish(*args)))
+    state = {"weight": matrix(10, 1), "names": ["a"]}
+    future = save(tmp_path, state, 1, asynchronous=True)
+    state["weight"].zero_()
+    state["names"].append("b")
+    assert not future.done()
+    go.set()
+    assert future.result(30) == tmp_path / "step_0000000001"
+    load(tmp_path, state)
+    assert_same(state, {"weight": matrix(10, 1), "names": ["a"]})
+
+
+def test_a_save_that_fails_in_the_background_says_so_when_asked(tmp_path):
+    with FullDisk(".distcp"):
+        future = save(tmp_path, {"weight": matrix(10, 1)}, 1, asynchronous=True)
+        with pytest.raises(CheckpointError, match="No space left"):
+            future.result()
+    save(tmp_path, {"weight": matrix(10, 1)}, 2)
+    assert names(tmp_path) == ["step_0000000002"]
+    with pytest.raises(CheckpointError, match="No space left"):
+        future.result()
+
+
+# -- centers -----------------------------------------------------------------------------------------------------------
+
+
+def head_of(c, seed, shard=None):
+    head = tm.MarginSoftmaxLoss(D, c, process_group=None if shard is None else shard.group)
+    weight = matrix(c, seed)
+    weight[c // 2] = 0.0
+    head.load_state_dict({"weight": weight})
+    return head
+
+
+def exported(rank, folder):
+    for count in range(1, WORLD + 1):
+        group = first_ranks(count)
+        if rank < count:
+            for c in (11, 3):
+                head = head_of(c, 1, Shard(c, group))
+                tm.checkpoint.export_centers(head, f"{folder}/{count}_{c}", chunk_classes=2)
+    dist.barrier()
+    messages = []
+    for failing, broken in ((0, "raw_bytes"), (2, "unit_rows")):
+        whole = getattr(centers, broken)
+        calls = []
+        if rank == failing:
+            setattr(centers, broken, lambda *args: calls.append(1) or (1 / 0 if len(calls) == 2 else whole(*args)))  # noqa: B023
+        with pytest.raises(CheckpointError) as raised:
+            tm.checkpoint.export_centers(head_of(16, 1, Shard(16)), f"{folder}/broken", chunk_classes=2)
+        setattr(centers, broken, whole)
+        messages.append(str(raised.value))
+    return messages
+
+
+def test_centers_of_any_number_of_ranks_are_the_unit_rows(pool, tmp_path):
+    messages = pool(exported, tmp_path)
+    assert all(own == messages[0] for own in messages)
+    for rank, message in zip((0, 2), messages[0], strict=True):
+        assert f"broken were not written: rank {rank}: ZeroDivisionError" in message
+    assert names(tmp_path) == sorted(f"{count}_{c}" for count in range(1, WORLD + 1) for c in (11, 3))
+    for path in tmp_path.iterdir():
+        c = int(path.name.split("_")[1])
+        ((name, found),) = load_file(path).items()
+        assert name == "centers"
+        weight = head_of(c, 1).weight.detach()
+        assert not found[c // 2].any()
+        torch.testing.assert_close(found, torch.nn.functional.normalize(weight), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float64])
+def test_centers_have_the_dtype_that_was_asked_for(tmp_path, dtype, kept):
+    head = tm.MarginSoftmaxLoss(7, 33, dtype=kept)
+    tm.checkpoint.export_centers(head, tmp_path / "centers.safetensors", dtype=dtype, chunk_classes=10)
+    found = load_file(tmp_path / "centers.safetensors")["centers"]
+    assert found.dtype == dtype
+    expected = torch.nn.functional.normalize(head.weight.detach().double()).to(dtype)
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    assert names(tmp_path) == ["centers.safetensors"]
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that one operation made, beside views of the weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.most = weight.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.weight:
+                self.most = max(self.most, tensor.untyped_storage().nbytes())
+        return out
+
+
+def test_the_export_never_copies_more_than_a_chunk(tmp_path):
+    head = tm.MarginSoftmaxLoss(16, 4000)
+    with Largest(head.weight) as largest:
+        tm.checkpoint.export_centers(head, tmp_path / "centers", chunk_classes=100)
+    assert 0 < largest.most <= 100 * 16 * 4
+
+
+def test_bad_arguments_of_the_export_are_named(tmp_path):
+    head = head_of(4, 1)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch.int8"):
+        tm.checkpoint.export_centers(head, tmp_path / "x", dtype=torch.int8)
+    with pytest.raises(ValueError, match="chunk_classes must be an integer >= 1, got 0"):
+        tm.checkpoint.export_centers(head, tmp_path / "x", chunk_classes=0)
+    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+        tm.checkpoint.export_centers(head, tmp_path / "no" / "x")
+
+
+# -- insightface -------------------------------------------------------------------------------------------------------
+
+
+def write_insightface(folder, kind, c, ranks=3, legacy=False):
+    """The files of insightface's ranks: their classes are split as theirs, and momenta lie beside."""
+    folder.mkdir(exist_ok=True)
+    first = 0
+    for rank in range(ranks):
+        count = c // ranks + (rank < c % ranks)
+        rows = matrix(c, 6)[first : first + count].clone()
+        first += count
+        kwargs = {"_use_new_zipfile_serialization": not legacy}
+        if kind == "rank":
+            torch.save(rows, folder / f"rank_{rank}_softmax_weight.pt", **kwargs)
+            torch.save(rows * 0, folder / f"rank_{rank}_softmax_weight_mom.pt", **kwargs)
+        else:
+            content = {"epoch": 3, "state_dict_softmax_fc": {"weight": torch.nn.Parameter(rows)}, "state_optimizer": {}}
+            torch.save(content, folder / f"checkpoint_gpu_{rank}.pt", **kwargs)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["rank", "checkpoint"])
+def test_a_head_is_filled_from_the_files_of_insightface(tmp_path, kind, legacy):
+    write_insightface(tmp_path, kind, 10, legacy=legacy)
+    head = tm.MarginSoftmaxLoss(D, 10)
+    tm.checkpoint.import_insightface(tmp_path, head)
+    assert torch.equal(head.weight.detach().cpu(), matrix(10, 6))
+
+
+def imported(rank, folder):
+    group = first_ranks(2)
+    for kind in ("rank", "checkpoint"):
+        for shard in [Shard(10)] + ([Shard(10, group)] if rank < 2 else []):
+            head = head_of(10, 1, shard)
+            tm.checkpoint.import_insightface(folder / kind, head)
+            assert torch.equal(head.weight.detach(), matrix(10, 6)[shard.start : shard.stop])
+    head = head_of(11, 1, Shard(11))
+    with pytest.raises(CheckpointError, match="3 files have 10 classes, head has 11"):
+        tm.checkpoint.import_insightface(folder / "rank", head)
+
+
+def test_a_sharded_head_takes_its_rows_from_the_files_of_insightface(pool, tmp_path):
+    for kind in ("rank", "checkpoint"):
+        write_insightface(tmp_path / kind, kind, 10)
+    pool(imported, tmp_path)
+
+
+def test_files_of_insightface_that_do_not_fit_are_named(tmp_path):
+    def fails(message, head=None):
+        head = head_of(10, 1) if head is None else head
+        before = head.weight.detach().clone()
+        with pytest.raises(CheckpointError, match=message):
+            tm.checkpoint.import_insightface(tmp_path, head)
+        assert torch.equal(head.weight, before)
+
+    fails(r"has neither rank_\{r\}_softmax_weight.pt and checkpoint_gpu_\{r\}.pt")
+    write_insightface(tmp_path, "rank", 10)
+    fails("3 files have 10 classes, head has 12", head_of(12, 1))
+    wide = tm.MarginSoftmaxLoss(D + 1, 10)
+    fails(r"rank_0_softmax_weight.pt has rows of shape \(4, 5\), head has \[..., 6\]", wide)
+    (tmp_path / "rank_1_softmax_weight.pt").rename(tmp_path / "kept")
+    fails("has no rank_1_softmax_weight.pt, but later ones")
+    torch.save(matrix(3, 1), tmp_path / "rank_2_softmax_weight.pt")
+    torch.save(matrix(3, 1), tmp_path / "rank_1_softmax_weight.pt")
+    torch.save(matrix(4, 1), tmp_path / "rank_2_softmax_weight.pt")
+    torch.save(matrix(3, 1), tmp_path / "rank_0_softmax_weight.pt")
+    fails("rank_0_softmax_weight.pt has 3 classes, rank 0 of 3 has 4")
+    write_insightface(tmp_path, "checkpoint", 10)
+    fails(r"has both rank_\{r\}")
+    for path in tmp_path.glob("rank*"):
+        path.unlink()
+    torch.save({"epoch": 1}, tmp_path / "checkpoint_gpu_1.pt")
+    fails("checkpoint_gpu_1.pt has no 'state_dict_softmax_fc'")
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def outside(rank):
+    group = first_ranks(2)
+    if rank >= 2:
+        with pytest.raises(ValueError, match="group: this rank is not part of it"):
+            agree.Ranks(group)
+
+
+def test_ranks_that_are_not_part_of_a_group_are_told_so(pool):
+    pool(outside)
+
+
+def dies(rank, folder):
+    shard = Shard(10)
+    save(folder, state_of(10, 1, shard), 1)
+    if rank == 1:
+        sys.addaudithook(lambda event, args: event == "open" and "__1_" in str(args[0]) and os.kill(os.getpid(), 9))
+    with pytest.raises(CheckpointError, match="step_0000000002 was not written"):
+        save(folder, state_of(10, 2, shard), 2)
+    os._exit(1)
+
+
+def test_a_rank_that_dies_leaves_the_last_checkpoint(pool, tmp_path):
+    pool(dies, tmp_path, may_die=tuple(range(WORLD)))
+    state = state_of(10, 7)
+    assert load(tmp_path, state) == 1
+    assert_same(state, state_of(10, 1))
