@@ -85,15 +85,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def begin(self, weight: Tensor) -> RowUpdate:
         """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`."""
         group = self.group_of(weight)
-        rule, numbers, matrices = self.rule(group)
-        state = self.state[weight]
-        if not state:
-            dtype = group["state_dtype"] or accumulate(weight.dtype)
-            state["step"] = torch.tensor(0, dtype=torch.int64)
-            for name in self.state_names[:matrices]:
-                state[name] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
-            if rule == "adamw":
-                state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        rule, numbers, _ = self.rule(group)
+        state = self.state_of(weight)
         step = int(state["step"])
         state["step"] += 1
         return RowUpdate(
@@ -105,6 +98,21 @@ class RowOptimizer(torch.optim.Optimizer):
             seed=mixed(group["seed"], step, first_class(weight)) if group["stochastic_rounding"] else None,
             unsampled=group["unsampled"],
         )
+
+    @torch.no_grad()
+    def state_of(self, weight: Tensor) -> dict[str, Any]:
+        """The state of one parameter, zeros before its first step."""
+        state: dict[str, Any] = self.state[weight]
+        if not state:
+            group = self.group_of(weight)
+            rule, _, matrices = self.rule(group)
+            dtype = group["state_dtype"] or accumulate(weight.dtype)
+            state["step"] = torch.tensor(0, dtype=torch.int64, device="cpu")
+            for name in self.state_names[:matrices]:
+                state[name] = torch.zeros_like(weight, dtype=dtype)
+            if rule == "adamw":
+                state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return state
 
     def finish(self, update: RowUpdate, ids: Tensor | None) -> None:
         """Rows that had no gradient: `ids` are those that had one, None: all."""
@@ -119,7 +127,12 @@ class RowOptimizer(torch.optim.Optimizer):
             update_rows(update, others, zero)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; under class sharding matrices and step counts are tensors of all classes, for any ranks."""
+        """As torch's; under class sharding matrices and step counts are tensors of all classes, for any ranks.
+
+        Before the first step too, so that a new optimizer has what a checkpoint is loaded into.
+        """
+        for weight in self.parameters():
+            self.state_of(weight)
         saved = super().state_dict()
         for place, weight in enumerate(self.parameters()):
             shard = getattr(weight, "shard", None)
