@@ -2,8 +2,8 @@
 
 A mutant that no test notices is a survivor. A survivor that changes no value is listed with its reason in
 `equivalent_mutants.toml`; any other one fails the run. Each worker mutates its own copy of the package and forks from a
-process that has torch loaded, so a mutant costs its tests and no start-up. What was noticed in a module that has not
-changed since is not run again without --fresh.
+process that has torch loaded, so a mutant costs its tests and no start-up. A mutant is known by the function, the line
+before and the line after; one that was noticed is not run again while its function has that line, without --fresh.
 
     python tests/mutants.py [--only stream] [--workers 2] [--more] [--fresh] [--list]
 """
@@ -11,8 +11,9 @@ changed since is not run again without --fresh.
 from __future__ import annotations
 
 import argparse
+import ast
+import collections
 import difflib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".cache" / "mutants"
@@ -40,7 +42,7 @@ TESTS = {
     "margins/plain.py": [*MARGIN_TESTS, "test_functional.py"],
     "margins/schedules.py": MARGIN_TESTS,
     "objectives.py": CORE_TESTS,
-    "stream.py": CORE_TESTS,
+    "stream.py": [*CORE_TESTS, "test_optim.py"],
 }
 MORE = {
     "walk.py": CORE_TESTS,
@@ -59,20 +61,28 @@ OPERATORS = re.compile(
 )
 
 
-def noticed_before() -> set[tuple[str, str, int]]:
-    """Mutations that an earlier run noticed, of modules as they are now."""
-    if not LOG.exists():
-        return set()
-    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
-    return {(line[1], line[2], line[3]) for line in lines if line[0] == digest(line[1]) and line[4]}
+class Mutant(NamedTuple):
+    module: str
+    operator: str
+    occurrence: int  # of the operator in the module
+    function: str  # the outermost function or class, or "" for the module
+    old: str
+    new: str
+    ordinal: int  # among those of the function that read alike
+
+    @property
+    def name(self) -> list[object]:
+        return [self.module, self.operator, self.function, self.old, self.new, self.ordinal]
 
 
-def digest(module: str) -> str:
-    return hashlib.sha256((ROOT / "tritonmargin" / module).read_bytes()).hexdigest()[:16]
+def noticed_before() -> set[str]:
+    """Names of mutants that an earlier run noticed."""
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    return {json.dumps(name) for name, caught in lines if caught}
 
 
-def work_items(only: str) -> list[tuple[str, str, int]]:
-    """(module, operator, occurrence) of every mutation."""
+def work_items(only: str) -> list[Mutant]:
+    """Every mutation."""
     from cosmic_ray.commands import init
     from cosmic_ray.work_db import WorkDB, use_db
 
@@ -81,11 +91,34 @@ def work_items(only: str) -> list[tuple[str, str, int]]:
     with use_db(WORK / "session.sqlite", WorkDB.Mode.create) as database:
         init([ROOT / "tritonmargin" / module for module in modules], database, {})
         items = [item.mutations[0] for item in database.work_items]
-    return [
-        (str(Path(spec.module_path).relative_to(ROOT / "tritonmargin")), spec.operator_name, spec.occurrence)
-        for spec in items
-        if OPERATORS.match(spec.operator_name)
-    ]
+    seen: collections.Counter[str] = collections.Counter()
+    mutants = []
+    for spec in sorted(items, key=lambda spec: (str(spec.module_path), spec.operator_name, spec.occurrence)):
+        if not OPERATORS.match(spec.operator_name):
+            continue
+        module = str(Path(spec.module_path).relative_to(ROOT / "tritonmargin"))
+        function, old, new = changed_lines(Path(spec.module_path).read_text(), spec.operator_name, spec.occurrence)
+        alike = json.dumps([module, spec.operator_name, function, old, new])
+        mutants.append(Mutant(module, spec.operator_name, spec.occurrence, function, old, new, seen[alike]))
+        seen[alike] += 1
+    return mutants
+
+
+def changed_lines(source: str, operator: str, occurrence: int) -> tuple[str, str, str]:
+    """The function that a mutation changes, the lines before and the lines after."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    after = mutate_code(source, get_operator(operator)(), occurrence) or source
+    before_lines, after_lines = source.split("\n"), after.split("\n")
+    changed = list(difflib.unified_diff(before_lines, after_lines, n=0))
+    place = int(re.match(r"@@ -(\d+)", changed[2])[1]) if changed else 0
+    function = ""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno <= place <= (node.end_lineno or 0):
+            function = node.name
+    old, new = (" ".join(line[1:].strip() for line in changed[3:] if line.startswith(sign)) for sign in "-+")
+    return function, old, new
 
 
 def worker(number: int, jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
@@ -130,16 +163,12 @@ def worker(number: int, jobs: multiprocessing.Queue, results: multiprocessing.Qu
         return True
 
     while (job := jobs.get()) is not None:
-        module, operator, occurrence = job
-        path = copy / "tritonmargin" / module
-        with use_mutation(path, get_operator(operator)(), occurrence) as (before, after):
-            caught = after is None or noticed(TESTS[module])
-        changed = [] if after is None else list(difflib.unified_diff(before.split("\n"), after.split("\n"), n=0))[3:]
-        old = " ".join(line[1:].strip() for line in changed if line.startswith("-"))
-        new = " ".join(line[1:].strip() for line in changed if line.startswith("+"))
+        path = copy / "tritonmargin" / job.module
+        with use_mutation(path, get_operator(job.operator)(), job.occurrence) as (_, after):
+            caught = after is None or noticed(TESTS[job.module])
         with open(LOG, "a") as log:
-            log.write(json.dumps([digest(module), module, operator, occurrence, caught]) + "\n")
-        results.put((module, operator.removeprefix("core/"), old, new, caught))
+            log.write(json.dumps([job.name, caught]) + "\n")
+        results.put((job, caught))
     results.put(None)
 
 
@@ -148,24 +177,24 @@ def reasons() -> dict[tuple[str, str, str], str]:
     return {(entry["module"], entry["line"], entry["mutant"]): entry["reason"] for entry in listed}
 
 
-def write_report(outcomes: list[tuple[str, str, str, str, bool]], minutes: float) -> int:
+def write_report(outcomes: list[tuple[Mutant, bool]], minutes: float) -> int:
     """Write the report; returns the number of survivors without a reason."""
     known = reasons()
-    survivors = sorted({(module, old, new) for module, _, old, new, caught in outcomes if not caught})
+    survivors = sorted({(mutant.module, mutant.old, mutant.new) for mutant, caught in outcomes if not caught})
     open_ones = [survivor for survivor in survivors if survivor not in known]
     lines = [
         "# Mutation run",
         "",
         f"`make mutants`, {time.strftime('%Y-%m-%d')}: {len(outcomes)} mutants in {minutes:.0f} minutes, "
-        f"{sum(caught for *_, caught in outcomes)} noticed, {len(survivors)} distinct survivors, "
+        f"{sum(caught for _, caught in outcomes)} noticed, {len(survivors)} distinct survivors, "
         f"{len(open_ones)} of them without a reason.",
         "",
         "| module | mutants | noticed |",
         "|---|---|---|",
     ]
-    for module in dict.fromkeys(outcome[0] for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome[0] == module]
-        lines.append(f"| {module} | {len(own)} | {sum(outcome[4] for outcome in own)} |")
+    for module in dict.fromkeys(mutant.module for mutant, _ in outcomes):
+        own = [caught for mutant, caught in outcomes if mutant.module == module]
+        lines.append(f"| {module} | {len(own)} | {sum(own)} |")
     lines += ["", "## Survivors, and why they change no value", ""]
     for module, old, new in survivors:
         reason = known.get((module, old, new), "**no reason given**")
@@ -187,13 +216,14 @@ def main() -> int:
     items = work_items(options.only)
     if options.list:
         for module in TESTS:
-            print(f"{sum(item[0] == module for item in items):5d}  {module}")
+            print(f"{sum(item.module == module for item in items):5d}  {module}")
         return 0
-    done = set() if options.fresh else noticed_before() & set(items)
+    before = set() if options.fresh else noticed_before()
+    done = [item for item in items if json.dumps(item.name) in before]
     if done:
-        print(f"{len(done)} of {len(items)} were noticed before")
-    outcomes = [(module, operator.removeprefix("core/"), "", "", True) for module, operator, _ in done]
-    items = [item for item in items if item not in done]
+        print(f"{len(done)} of {len(items)} were noticed before", flush=True)
+    outcomes = [(item, True) for item in done]
+    items = [item for item in items if json.dumps(item.name) not in before]
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
@@ -209,9 +239,9 @@ def main() -> int:
             running -= 1
             continue
         outcomes.append(outcome)
-        module, operator, old, new, caught = outcome
+        mutant, caught = outcome
         if not caught:
-            print(f"survived  {module}  {operator}\n    - {old}\n    + {new}", flush=True)
+            print(f"survived  {mutant.module}  {mutant.operator}\n    - {mutant.old}\n    + {mutant.new}", flush=True)
         if len(outcomes) % 50 == 0:
             print(f"{len(outcomes) - len(done)}/{len(items)}  {(time.monotonic() - start) / 60:.1f} min", flush=True)
     for process in workers:
