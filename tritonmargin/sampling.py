@@ -44,44 +44,69 @@ def sample_classes(
     if missing <= 0:
         return positives
     if 2 * num_samples <= num_classes:
-        negatives = random_others(positives, num_classes, missing, generator)
-        return torch.cat([positives, negatives]).sort().values
+        return merged(random_others(positives, num_classes, missing, generator), positives)
     # Most classes: cheaper to draw those that are left out.
     out = random_others(positives, num_classes, num_classes - num_samples, generator)
-    kept = torch.ones(num_classes, dtype=torch.bool, device=target.device)
-    kept[out] = False
-    return kept.nonzero().squeeze(1)
+    return all_but(out, num_classes).nonzero().squeeze(1)
 
 
 def random_others(positives: Tensor, num_classes: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` distinct classes, none of them positive, every such set with the same probability.
+    """`count` distinct classes in order, none of them positive, every such set with the same probability.
 
     Draws with replacement until enough distinct ones are there, then leaves random ones out: nothing in this tells one
     class from another, and it takes memory for the sample alone.
     """
     free = num_classes - len(positives)
-    found = positives.new_empty(0)
-    while len(found) < count:
-        # How many draws show `count` of `free` classes on average, and some more.
-        short = -num_classes * math.log1p(-(count - len(found)) / max(free - len(found), 1) * (1.0 - 1e-9))
-        draws = int(min(short, 3.0 * num_classes) * 1.02) + 64
-        drawn = torch.randint(num_classes, (draws,), generator=generator, device=positives.device)
-        found = torch.cat([found, drawn]).unique()
-        found = found[~is_in(found, positives)]
-    surplus = len(found) - count
-    if surplus:
-        kept = torch.ones(len(found), dtype=torch.bool, device=found.device)
-        kept[torch.randperm(len(found), generator=generator, device=found.device)[:surplus]] = False
-        found = found[kept]
-    return found
+    # How many draws show `count` of `free` classes: on average, and some standard deviations more.
+    share = min(count / free, 1.0 - 0.1 / free) if free else 0.0
+    draws = -num_classes * math.log1p(-share)
+    draws += 4.0 * math.sqrt(draws) + 16.0
+    surplus = -1
+    while surplus < 0:
+        # Drawn again if it is not enough, rather than added to: they are in order already.
+        found = torch.unique_consecutive(ordered_draws(num_classes, int(draws), generator, positives.device))
+        place = place_of(positives, found)
+        surplus = len(found) - len(place) - count
+        draws *= 1.2
+    if surplus and len(found) < 4096:
+        shuffled = torch.randperm(len(found), generator=generator, device=found.device)
+        others = shuffled[all_but(place, len(found))[shuffled]]
+        place = torch.cat([place, others[:surplus]])
+    elif surplus:
+        # A permutation of all would cost more than the draws did.
+        place = torch.cat([place, random_others(place, len(found), surplus, generator)])
+    return found.masked_select(all_but(place, len(found)))
 
 
-def is_in(values: Tensor, ordered: Tensor) -> Tensor:
-    """Whether each value is among the ordered ones."""
+def ordered_draws(num_classes: int, draws: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """`draws` independent uniform class numbers, smallest first: sums of exponential gaps, which saves the sort.
+
+    The gaps are whole numbers, for sums of floats may differ from run to run on a GPU.
+    """
+    gaps = torch.empty(draws + 1, dtype=torch.float64, device=device).exponential_(generator=generator)
+    place = gaps.mul_(2.0**32).long().cumsum(dim=0)
+    share = place[:-1].double() / place[-1:].clamp(min=1)
+    return share.mul_(num_classes).long().clamp_(max=num_classes - 1)
+
+
+def place_of(values: Tensor, ordered: Tensor) -> Tensor:
+    """Where in `ordered` the values are, those that are there."""
     if not len(ordered):
-        return torch.zeros_like(values, dtype=torch.bool)
+        return values[:0]
     place = torch.searchsorted(ordered, values).clamp(max=len(ordered) - 1)
-    return ordered[place] == values
+    return place[ordered[place] == values]
+
+
+def all_but(place: Tensor, size: int) -> Tensor:
+    return torch.ones(size, dtype=torch.bool, device=place.device).index_fill_(0, place, False)
+
+
+def merged(many: Tensor, few: Tensor) -> Tensor:
+    """Two ordered lists as one."""
+    place = torch.searchsorted(many, few) + torch.arange(len(few), device=few.device)
+    out = many.new_empty(len(many) + len(few))
+    out.masked_scatter_(all_but(place, len(out)), many)
+    return out.index_copy_(0, place, few)
 
 
 class Sampler:
