@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test test-all lint perf mutants clean
+.PHONY: demo demo-million test test-all lint perf mutants clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m examples.glyphs $(ARGS)
+
+demo-million: $(VENV)/demo.done
+	$(BIN)/python -m examples.million $(ARGS)
 
 # The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

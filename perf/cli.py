@@ -150,6 +150,25 @@ def counted_command(out: Out = Path("reports")) -> None:
     console.print(f"wrote {out / 'counted.csv'}", highlight=False)
 
 
+@app.command("sampled")
+def sampled_command(
+    out: Out = Path("reports"),
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
+) -> None:
+    """A step of a tenth of the classes beside the full step, and the cost of drawing them (needs 6 GB)."""
+    from perf import sampled
+
+    facts = machine.describe("cpu")
+    console.print(machine.one_line(facts), highlight=False)
+    with saying() as say:
+        frame = sampled.table(say, rounds, tiny)
+    out.mkdir(parents=True, exist_ok=True)
+    frame.assign(machine=machine.one_line(facts)).to_csv(out / "sampled.csv", index=False)
+    boxed(frame.T.reset_index().map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "sampled")
+    console.print(f"wrote {out / 'sampled.csv'}", highlight=False)
+
+
 @app.command("gate")
 def gate_command(
     out: Annotated[Path, typer.Option(help="folder of the results; a second run goes on in it")],

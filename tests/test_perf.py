@@ -405,3 +405,23 @@ def test_plan_and_roofline_commands() -> None:
     audited = CliRunner().invoke(app, ["roofline", "--n", "8", "--d", "8", "--c", "200", "--rounds", "1"])
     assert audited.exit_code == 0, audited.output
     assert "what bounds the rows" in audited.output
+
+
+def test_the_cost_of_a_sampled_step_is_written(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["sampled", "--tiny", "--rounds", "2", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "sampled.csv")
+    assert (frame[["full_s", "sampled_s", "sampling_s"]] > 0).all(axis=None)
+    assert frame["machine"].str.contains("torch").all()
+
+
+def test_the_head_of_millions_reports_at_a_small_size(tmp_path: Path) -> None:
+    from examples import million
+
+    million.main(["--classes", "2e4", "--dim", "16", "--steps", "2", "--out", str(tmp_path / "million")])
+    found = json.loads((tmp_path / "million.json").read_text())
+    assert [row["rows"] for row in found["sampled"]] == [500, 1000, 2000, 4000]
+    assert found["usual code"]["first that does not fit"] is None
+    first, last = found["loss of the first batch, first and last"]
+    assert last < first
+    assert "20,000 classes" in (tmp_path / "million.md").read_text()
