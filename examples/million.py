@@ -140,11 +140,10 @@ def write(out: Path, found: dict[str, object]) -> None:
     lines = [
         f"# {found['classes']:,} classes, D = {found['dim']}, float32, on one machine",
         "",
-        f"`make demo-million`, {found['date']}, {found['machine']}; N = {found['batch']}, ArcFace, RowSGD with momentum "
-        "inside backward.",
+        f"`make demo-million`, {found['date']}, {found['machine']}; N = {found['batch']}, ArcFace, inside backward.",
         "",
         f"- Weight and momentum are {found['weight and momentum, bytes'] / 1e9:.2f} GB; the process never held "
-        f"than {found['peak of the process, bytes'] / 1e9:.2f} GB, "
+        f"more than {found['peak of the process, bytes'] / 1e9:.2f} GB, "
         f"{found['peak over weight and momentum']:.3f} times that.",
         f"- Full logits and torch.optim.SGD would hold {usual['bytes'] / 1e9:.1f} GB of the machine's "
         f"{usual['memory of this machine, bytes'] / 1e9:.1f}; the first thing that does not fit: "
