@@ -294,6 +294,11 @@ def test_what_needs_a_gradient_says_that_there_is_none() -> None:
         loss.backward()
     with pytest.raises(RuntimeError, match="accumulate gradients"):
         head(x, target).backward()
+    optimiser.step()
+    with pytest.raises(RuntimeError, match="accumulate gradients"):
+        (head(x, target) + head(x, target)).backward()
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="GradScaler would scale"):
+        head(x, target)
     with pytest.raises(RuntimeError, match="no gradient"):
         torch.optim.SGD(head.parameters(), lr=0.1).step()
     before = head.weight.detach().clone()

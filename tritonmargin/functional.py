@@ -145,6 +145,11 @@ def loss_of(
     device = embeddings.device.type
     if compute != torch.float64 and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
+        if updater is not None and compute == torch.float16:
+            raise ValueError(
+                "update_in_backward under float16 autocast: a GradScaler would scale the gradient that updates the rows; "
+                "use bfloat16 autocast, or sparse_grad=True without update_in_backward"
+            )
     backend = current_backend(embeddings.device, compute)
     if backend == "reference":
         if shard is not None or updater is not None:

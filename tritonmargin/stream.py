@@ -401,9 +401,10 @@ class UpdatingStream(torch.autograd.Function):
                 "(update_in_backward): the weight is no longer the one of the forward pass"
             )
         ctx.done = True
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        arguments = backward_arguments(ctx, saved, grads, wanted)
+        wanted = ctx.needs_input_grad[1:]
         update = ctx.updater.begin_in_backward(ctx.weight) if wanted[1] else None
+        saved = ctx.saved_tensors
+        arguments = backward_arguments(ctx, saved, grads, wanted)
         grad_x, _, grad_bias = walk_back(*arguments[:-1], backend=arguments[-1], update=update)
         if update is not None:
             ctx.updater.finish_in_backward(ctx.weight, update, saved[3])
