@@ -147,8 +147,8 @@ def loss_of(
         compute = torch.get_autocast_dtype(device)
         if updater is not None and compute == torch.float16:
             raise ValueError(
-                "update_in_backward under float16 autocast: a GradScaler would scale the gradient that updates the rows; "
-                "use bfloat16 autocast, or sparse_grad=True without update_in_backward"
+                "update_in_backward under float16 autocast: a GradScaler would scale the rows' update. "
+                "Use bfloat16 autocast, or sparse_grad=True without update_in_backward"
             )
     backend = current_backend(embeddings.device, compute)
     if backend == "reference":
