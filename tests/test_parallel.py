@@ -333,6 +333,12 @@ def disagreements() -> None:
         head(x, target)
     with pytest.raises((ValueError, RuntimeError), match="rank 1 .* had an error" if not rank else "same width"):
         head(x[:, : D - rank], torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="ask for statistics or none: rank 1 does and rank 0 does not"):
+        head(x, torch.tensor([1, 2, 3]), return_stats=bool(rank))
+    with pytest.raises(RuntimeError, match="ask for a gradient of embeddings or none"):
+        head(x.clone().requires_grad_(not rank), torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="ask for float64 numbers or none"):
+        head(x.double() if rank else x, torch.tensor([1, 2, 3]))
     assert head(x, torch.tensor([1, 2, 3])).isfinite(), "usable after an error"
 
 

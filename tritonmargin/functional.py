@@ -139,7 +139,7 @@ def loss_of(
         label = checks.positions(target, None, num_classes, ignore_index)
     except (TypeError, ValueError):
         if shard is not None:
-            shard.announce_error(embeddings)
+            shard.announce_error(embeddings, alike=1)
         raise
     compute = torch.promote_types(embeddings.dtype, weight.dtype)
     device = embeddings.device.type
@@ -166,7 +166,7 @@ def loss_of(
         x = torch.where((label >= 0)[:, None], embeddings, 0.0).to(accumulate(compute))
         batch = None
         if shard is not None:
-            batch = shard.batch(embeddings)
+            batch = shard.batch(x, statistics=return_stats)
             x = scale_gradient(x, shard.world_size) if shard.gradient_for == "ddp" else x
         x, norm = scaled_rows(x, margin)
         if batch is not None:

@@ -31,8 +31,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step walks the classes of the
     batch and random others, round(sample_rate C) in all or more if the batch has more, drawn anew in every forward.
-    In eval mode all classes are walked. `Stats` of a sampled step are about the walked classes only. Keep a sampled head
-    out of `torch.utils.checkpoint`, which runs its forward twice, on two samples.
+    In eval mode all classes are walked. `Stats` of a sampled step are about the walked classes only. Keep a sampled
+    head out of `torch.utils.checkpoint`, which runs its forward twice, on two samples.
 
     **Class sharding.** With `process_group` every rank holds the rows of a contiguous range of classes, split as
     `torch.chunk` splits them, and calls the head with its own samples, as many as it has. The loss is that of the

@@ -15,6 +15,7 @@ all_reduce of padded, equal shapes, as NCCL asks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,24 +66,40 @@ class Shard:
 
     # -- samples of all ranks ------------------------------------------------------------------------------------
 
-    def batch(self, embeddings: Tensor) -> Batch:
-        """How many samples each rank has. Waits for the device: sizes of tensors follow from it."""
-        counts = self.exchange(len(embeddings), embeddings.device)
-        if min(counts) < 0:
-            raise RuntimeError(
-                f"tritonmargin: rank {counts.index(-1)} of the process group had an error before the loss, see there"
-            )
-        return Batch(self, counts)
+    def batch(self, x: Tensor, **alike: bool) -> Batch:
+        """How many samples each rank has. Waits for the device: sizes of tensors follow from it.
 
-    def announce_error(self, embeddings: Tensor) -> None:
-        """Instead of `batch`: the other ranks raise rather than wait for this one."""
-        self.exchange(-1, embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu"))
+        x: what will be gathered. alike: what all ranks must have alike, or their collectives would not match.
 
-    def exchange(self, number: int, device: torch.device) -> list[int]:
-        own = torch.tensor([number], device=device)
-        out = own.new_empty(self.world_size)
+        Raises:
+            RuntimeError: on every rank, when they differ, or one of them had an error.
+        """
+        alike = {"float64 numbers": x.dtype == torch.float64, "a gradient of embeddings": x.requires_grad, **alike}
+        everyone = self.exchange(len(x), alike.values(), x.device)
+        for rank, (count, *settings) in enumerate(everyone):
+            if count < 0:
+                raise RuntimeError(
+                    f"tritonmargin: rank {rank} of the process group had an error before the loss, see there"
+                )
+            for name, value, first in zip(alike, settings, everyone[0][1:], strict=True):
+                if value != first:
+                    ranks = (
+                        f"rank {rank} {'does' if value else 'does not'} and rank 0 {'does' if first else 'does not'}"
+                    )
+                    raise RuntimeError(f"tritonmargin: all ranks must ask for {name} or none: {ranks}")
+        return Batch(self, [count for count, *_ in everyone])
+
+    def announce_error(self, embeddings: Tensor, alike: int) -> None:
+        """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one."""
+        device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
+        self.exchange(-1, [False] * (2 + alike), device)
+
+    def exchange(self, count: int, settings: Iterable[bool], device: torch.device) -> list[list[int]]:
+        own = torch.tensor([count, *settings], dtype=torch.int64, device=device)
+        out = own.new_empty(self.world_size * len(own))
         dist.all_gather_into_tensor(out, own, group=self.group)
-        return [int(each) for each in out.tolist()]
+        rows: list[list[int]] = out.view(self.world_size, -1).tolist()
+        return rows
 
     def own_labels(self, label: Tensor) -> Tensor:
         """Class numbers among this rank's rows, -1 for other ranks' classes and for -1."""
