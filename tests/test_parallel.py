@@ -114,7 +114,7 @@ def one_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
                 into += [loss.detach(), leaf.grad, each.weight.grad, each.bias.grad, *(s.double() for s in stats)]
             range_ = slice(head.shard.start, head.shard.stop)
             for i, (ours, whole) in enumerate(zip(found, expected, strict=True)):
-                part = own if i in (1, 4, 5, 6, 7, 8) or (i == 0 and reduction == "none") else slice(None)
+                part = own if i in (1, 4, 5, 6, 7, 8, 9) or (i == 0 and reduction == "none") else slice(None)
                 part = range_ if i in (2, 3) else part
                 what = (
                     name,

@@ -99,6 +99,8 @@ def test_a_sampled_head_walks_the_sample_in_training_and_all_classes_in_evaluati
     few = tm.MarginSoftmaxLoss(5, 100, sample_rate=0.0, sparse_grad=True)
     few(x, target).backward()
     assert few.weight.grad.coalesce().indices()[0].tolist() == [0, 3, 7, 99]
+    assert few(x, target, return_stats=True)[1].sampled.tolist() == [True] * 6
+    assert few.eval()(x, target, return_stats=True)[1].sampled.tolist() == [False] * 6
 
 
 @every_margin

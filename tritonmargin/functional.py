@@ -28,6 +28,7 @@ class Stats(NamedTuple):
     hardest_class: Tensor  # int64 class number of the largest z_j, j != y; -1 where there is no other class
     hardest_logit: Tensor  # that z_j
     correct: Tensor  # bool: the target's logit before the margin is above hardest_logit
+    sampled: Tensor  # bool, the same for all: rest and hardest are about a sample of the classes, so is `correct`
 
 
 def margin_cross_entropy(
@@ -257,7 +258,7 @@ def loss_of(
             loss = batch.keep_own(loss)
         if not return_stats:
             return loss
-        stats = statistics(t, plain, rest, hardest, hardest_class, valid)
+        stats = statistics(t, plain, rest, hardest, hardest_class, valid, walked < weight.shape[0])
         return loss, stats if batch is None else Stats(*(each[batch.own] for each in stats))
 
 
@@ -384,11 +385,14 @@ def mean_numbers(
 
 
 @torch.no_grad()
-def statistics(t: Tensor, plain: Tensor, rest: Tensor, hardest: Tensor, hardest_class: Tensor, valid: Tensor) -> Stats:
+def statistics(
+    t: Tensor, plain: Tensor, rest: Tensor, hardest: Tensor, hardest_class: Tensor, valid: Tensor, sampled: bool
+) -> Stats:
     return Stats(
         target_logit=torch.where(valid, t, torch.nan),
         rest_logsumexp=torch.where(valid, rest, torch.nan),
         hardest_class=torch.where(valid, hardest_class, -1),
         hardest_logit=torch.where(valid, hardest, torch.nan),
         correct=valid & (plain > hardest),
+        sampled=torch.full_like(valid, sampled),
     )

@@ -99,7 +99,7 @@ def margin_cross_entropy(
             result = loss.new_zeros(len(target)).index_put((kept,), loss)
         if not return_stats:
             return result
-        return result, statistics(t, plain + b[column], others, classes, kept, len(target))
+        return result, statistics(t, plain + b[column], others, classes, kept, len(target), len(classes) < len(weight))
 
 
 def linear_cross_entropy(
@@ -142,7 +142,7 @@ def per_sample(objective: str, t: Tensor, others: Tensor) -> Tensor:  # [K], [K,
 
 
 @torch.no_grad()
-def statistics(t: Tensor, plain: Tensor, others: Tensor, classes: Tensor, kept: Tensor, n: int) -> Stats:
+def statistics(t: Tensor, plain: Tensor, others: Tensor, classes: Tensor, kept: Tensor, n: int, sampled: bool) -> Stats:
     """Stats of the kept samples at their places, nan, -1 and False elsewhere."""
     from tritonmargin.functional import Stats  # functional imports this module
 
@@ -159,6 +159,7 @@ def statistics(t: Tensor, plain: Tensor, others: Tensor, classes: Tensor, kept: 
         hardest_class=kept.new_full((n,), -1).index_put((kept,), hardest_class),
         hardest_logit=nan.index_put((kept,), hardest_logit),
         correct=kept.new_zeros(n, dtype=torch.bool).index_put((kept,), plain > hardest_logit),
+        sampled=kept.new_full((n,), sampled, dtype=torch.bool),
     )
 
 
