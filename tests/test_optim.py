@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -363,3 +364,81 @@ def test_corrections_keep_their_precision_at_the_first_step() -> None:
     assert size.tolist() == pytest.approx([1 / (1 - 0.9), 1 / (1 - 0.81)], rel=1e-14)
     assert root.tolist() == pytest.approx([(1 - 0.999) ** 0.5, (1 - 0.999**2) ** 0.5], rel=1e-12)
     assert ONE_CHUNK < 150, "the losses above walk several chunks"
+
+
+@cpu_only
+def test_a_gradient_of_the_embeddings_alone_trains_nothing() -> None:
+    head = tm.MarginSoftmaxLoss(5, 12)
+    head.update_in_backward(RowSGD(head.parameters(), lr=0.1))
+    x, target, before = made(3, 5).float().requires_grad_(), torch.tensor([1, 2, 3]), head.weight.detach().clone()
+    (grad,) = torch.autograd.grad(head(x, target), x)
+    head(x, target).backward(inputs=[x])
+    assert torch.equal(head.weight, before)
+    assert torch.equal(grad, x.grad)
+    head(x, target).backward()
+    assert not torch.equal(head.weight, before)
+
+
+@cpu_only
+def test_a_copy_of_a_head_is_not_trained_by_the_originals_optimiser() -> None:
+    head = tm.MarginSoftmaxLoss(5, 12)
+    optimiser = RowSGD(head.parameters(), lr=0.1)
+    head.update_in_backward(optimiser)
+    x, target = made(3, 5).float(), torch.tensor([1, 2, 3])
+    other = copy.deepcopy(head)
+    other(x, target).backward()
+    assert isinstance(other.weight.grad, Tensor)
+    assert not isinstance(other.weight.grad, NoGradient)
+    head(x, target).backward()
+    with pytest.raises(RuntimeError, match="another optimizer"):
+        RowSGD(head.parameters(), lr=0.5).step()
+
+
+@cpu_only
+def test_a_momentum_that_is_raised_later_counts() -> None:
+    a, b = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 2))
+    one, other = RowSGD([a], lr=1.0), torch.optim.SGD([b], lr=1.0)
+    for step in range(4):
+        for optimiser, weight in ((one, a), (other, b)):
+            if step == 1:
+                optimiser.param_groups[0]["momentum"] = 0.9
+            weight.grad = torch.ones(3, 2)
+            optimiser.step()
+    assert torch.equal(a, b)
+
+
+@cpu_only
+def test_a_wrong_state_dict_changes_nothing() -> None:
+    def used(make: Callable[..., Any], rows: int, lr: float) -> Any:
+        weight = nn.Parameter(torch.zeros(rows, 2))
+        optimiser = make([weight], lr=lr, momentum=0.9)
+        weight.grad = torch.ones(rows, 2)
+        optimiser.step()
+        return optimiser
+
+    optimiser = used(RowSGD, 4, 0.5)
+    for other in (used(RowSGD, 3, 0.25), used(torch.optim.SGD, 4, 0.25)):
+        with pytest.raises(ValueError, match=r"has shape|another optimizer"):
+            optimiser.load_state_dict(other.state_dict())
+        assert optimiser.param_groups[0]["lr"] == 0.5
+        assert optimiser.state[optimiser.parameters()[0]]["momentum_buffer"].sum() == 8
+
+
+@cpu_only
+@pytest.mark.parametrize(("group", "message"), [
+    ({"unsampled": "Frozen"}, "'frozen', 'decay'"), ({"lr": -1.0}, "lr must be"),
+    ({"state_dtype": torch.int8}, "state_dtype"),
+    ({"params": [nn.Parameter(torch.zeros(2, 2, 2))]}, r"\[C, D\] or \[C\]"),
+])  # fmt: skip
+def test_groups_are_checked_too(group: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RowSGD([{"params": [nn.Parameter(torch.zeros(3, 2))], **group}], lr=0.1)
+
+
+@cpu_only
+def test_a_head_made_on_the_meta_device_starts_like_any_other() -> None:
+    head = tm.MarginSoftmaxLoss(5, 20, sample_rate=0.5, device="meta", seed=3)
+    head.to_empty(device="cpu")
+    head.reset_parameters()
+    assert head.sampler.tolist() == [3, 0]
+    assert abs(float(head.weight.std()) - 0.01) < 0.005

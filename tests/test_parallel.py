@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -335,11 +336,38 @@ def disagreements() -> None:
         head(x[:, : D - rank], torch.tensor([1, 2, 3]))
     with pytest.raises(RuntimeError, match="ask for statistics or none: rank 1 does and rank 0 does not"):
         head(x, torch.tensor([1, 2, 3]), return_stats=bool(rank))
-    with pytest.raises(RuntimeError, match="ask for a gradient of embeddings or none"):
-        head(x.clone().requires_grad_(not rank), torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="ask for gradients or none"), torch.set_grad_enabled(bool(rank)):
+        head(x, torch.tensor([1, 2, 3]))
+    ids = torch.tensor([1, 2, 3]) if rank else torch.tensor([3, 2, 1])
+    with pytest.raises((ValueError, RuntimeError), match="rank 0 .* had an error" if rank else "sorted and unique"):
+        head(x, torch.tensor([1, 2, 3]), class_ids=ids)
+    with pytest.raises(ValueError, match="rank 1 has an error: label_smoothing" if not rank else "between 0 and 1"):
+        tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, label_smoothing=2.0 if rank else 0.0)
+    with pytest.raises(ValueError, match="has 5 classes, this head 10"):
+        head.load_state_dict(tm.MarginSoftmaxLoss(D, 5).state_dict())
     with pytest.raises(RuntimeError, match="ask for float64 numbers or none"):
         head(x.double() if rank else x, torch.tensor([1, 2, 3]))
     assert head(x, torch.tensor([1, 2, 3])).isfinite(), "usable after an error"
+
+
+def test_a_rank_without_samples_or_gradient_takes_part() -> None:
+    on_ranks(2, bystander)
+
+
+def bystander() -> None:
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+    leaf = made(3, D).float().requires_grad_()
+    if dist.get_rank():
+        head(torch.empty(0, D), torch.empty(0, dtype=torch.int64)).backward()
+    else:
+        head(leaf, torch.tensor([1, 2, 3])).backward()
+        assert leaf.grad.abs().sum() > 0
+    fresh = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, device="meta")
+    fresh.to_empty(device="cpu")
+    fresh.reset_parameters()
+    for each in (head, fresh, copy.deepcopy(head)):
+        state = tm.optim.RowSGD(each.parameters(), lr=0.1, momentum=0.9).state_dict()["state"][0]
+        assert state["momentum_buffer"].shape == (10, D), "not a tensor of all classes"
 
 
 def test_14_nan_on_one_rank_is_seen_by_all() -> None:

@@ -105,6 +105,15 @@ def check_sampling(logq_correction: bool, label_smoothing: float, objective: str
         raise ValueError("logq_correction with label_smoothing is not defined: the smoothed part is a mean, not a sum")
 
 
+def check_no_scaler(dtype: torch.dtype) -> None:
+    """float16 autocast goes with a GradScaler, which is found out too late."""
+    if dtype == torch.float16:
+        raise ValueError(
+            "update_in_backward under float16 autocast: a GradScaler would scale the rows' update. Use bfloat16, "
+            "or sparse_grad=True without update_in_backward"
+        )
+
+
 def check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")

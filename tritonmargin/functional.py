@@ -138,6 +138,8 @@ def loss_of(
         )  # fmt: skip
         num_classes = weight.shape[0] if shard is None else shard.num_classes
         label = checks.positions(target, None, num_classes, ignore_index)
+        if updater is not None and torch.is_autocast_enabled(embeddings.device.type):
+            checks.check_no_scaler(torch.get_autocast_dtype(embeddings.device.type))
     except (TypeError, ValueError):
         if shard is not None:
             shard.announce_error(embeddings, alike=1)
@@ -146,11 +148,6 @@ def loss_of(
     device = embeddings.device.type
     if compute != torch.float64 and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
-        if updater is not None and compute == torch.float16:
-            raise ValueError(
-                "update_in_backward under float16 autocast: a GradScaler would scale the rows' update. "
-                "Use bfloat16 autocast, or sparse_grad=True without update_in_backward"
-            )
     backend = current_backend(embeddings.device, compute)
     if backend == "reference":
         if shard is not None or updater is not None:
@@ -177,7 +174,7 @@ def loss_of(
         own = label if shard is None else shard.own_labels(label)
         if isinstance(class_ids, Sampler):
             class_ids = class_ids.draw(own, weight.shape[0])
-        row = own if class_ids is None else checks.positions(own, class_ids, weight.shape[0], -1)
+        row = own if class_ids is None else walk_positions(own, class_ids, weight.shape[0], shard, ids is not None)
         label = torch.where(valid, label, 0)
         walked = weight.shape[0] if class_ids is None else class_ids.shape[0]
         offset, highest_offset = (
@@ -335,6 +332,19 @@ def target_logit(
     rows = TargetRows(product, norm, weight_norm, scale, label)
     t = margin.target_logit(rows).to(product.dtype)
     return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
+
+
+def walk_positions(own: Tensor, class_ids: Tensor, classes: int, shard: Shard | None, given: bool) -> Tensor:
+    """`checks.positions` among ids; if a user gave them, an error on one rank is one on all."""
+    if shard is None or not given:
+        return checks.positions(own, class_ids, classes, -1)
+    row, error = own, None
+    try:
+        row = checks.positions(own, class_ids, classes, -1)
+    except ValueError as raised:
+        error = raised
+    shard.agree(error, own.device)
+    return row
 
 
 def own_numbers(vector: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:  # [C], [N] -> [N]

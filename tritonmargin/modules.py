@@ -14,7 +14,7 @@ from tritonmargin.functional import Stats, loss_of
 from tritonmargin.kernels.updates import mixed
 from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim import RowOptimizer
-from tritonmargin.parallel import GRADIENT_FOR, Shard
+from tritonmargin.parallel import GRADIENT_FOR, Shard, check_agreement
 from tritonmargin.sampling import Sampler
 
 ON_NONFINITE = ("raise", "skip")
@@ -45,9 +45,10 @@ class MarginSoftmaxLoss(nn.Module):
         num_classes: C, of all ranks.
         margin: default `ArcFace(m=0.5, s=64)`.
         sample_rate: fraction of the classes to walk in a training step, in [0, 1]; 0: those of the batch.
-        logq_correction: correct the sampled sum of exp(z), see `tm.margin_cross_entropy`.
+        logq_correction: correct the sampled sum of exp(z), see `tm.margin_cross_entropy`. A sample that is no more than
+            the batch's classes has nothing to correct.
         sub_centers: rows a class; only 1 in this version.
-        bias: whether logits have a bias.
+        bias: whether logits have a bias. Its gradient is dense, and an optimizer's momentum and decay move all of it.
         sparse_grad: the gradient of `weight` is sparse, with the walked rows only.
         retain_bytes: bytes of logits that may be kept from forward to backward (faster, more memory).
         process_group: a `torch.distributed` process group to shard the classes over.
@@ -95,21 +96,16 @@ class MarginSoftmaxLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
         margin = ArcFace() if margin is None else margin
-        check_options(margin, label_smoothing, reduction, objective, sub_centers)
-        check_sampling(logq_correction, label_smoothing, objective)
-        if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | float) or not 0.0 <= sample_rate <= 1.0:
-            raise ValueError(f"sample_rate must be a number between 0 and 1, got {sample_rate!r}")
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
-        check_name("gradient_for", gradient_for, GRADIENT_FOR)
-        if on_nonfinite is not None:
-            check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
-        if class_weight is not None:
-            check_class_vector("class_weight", class_weight, num_classes)
+        try:
+            check_head(
+                embedding_dim, num_classes, margin, sample_rate, logq_correction, sub_centers, process_group,
+                gradient_for, on_nonfinite, class_weight, label_smoothing, reduction, objective,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            if isinstance(process_group, dist.ProcessGroup):
+                check_agreement(process_group, {"error": str(error)})  # the others would wait for this rank
+            raise
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         self.margin = margin
@@ -130,16 +126,18 @@ class MarginSoftmaxLoss(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         if self.shard is not None:
             class_weight = None if class_weight is None else class_weight[self.shard.start : self.shard.stop].clone()
-            for parameter in (self.weight, self.bias):
-                if parameter is not None:
-                    parameter.shard = self.shard  # type: ignore[attr-defined]
-            self.shard.check_agreement(self.description(), self.weight.device)
         self.register_buffer("class_weight", class_weight)
         self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0]))
+        self.mark_rows()
+        if self.shard is not None:
+            check_agreement(self.shard.group, self.description())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """weight ~ N(0, 0.01), bias = 0."""
+        """weight ~ N(0, 0.01), bias = 0, the sampler at its seed's first step."""
+        self.mark_rows()
+        if self.sampler is not None:
+            self.sampler.copy_(torch.tensor([self.seed, 0]))
         generator = None
         if self.shard is not None and not self.weight.is_meta:
             # Ranks are often seeded alike, and their rows must not be.
@@ -149,13 +147,28 @@ class MarginSoftmaxLoss(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def mark_rows(self) -> None:
+        """Say on the parameters which classes their rows are: a row optimizer's state is of the same ones."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and self.shard is not None:
+                parameter.shard = self.shard  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MarginSoftmaxLoss:
+        super()._apply(fn, recurse)
+        self.mark_rows()  # `to_empty` and others make new parameters
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a head is not trained by the optimizer that trains the original.
+        return {**self.__dict__, "_updater": None}
+
     def forward(
         self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Stats]:
         """The loss of embeddings [N, D] with target [N]; with `return_stats` a pair (loss, Stats).
 
         class_ids: the classes to walk instead of those that `sample_rate` would draw; under a process group rows of
-            this rank.
+            this rank, with the targets of all ranks' samples that are among them.
         """
         ids: Tensor | Sampler | None = class_ids
         if class_ids is None and self.sampler is not None and self.training:
@@ -200,6 +213,8 @@ class MarginSoftmaxLoss(nn.Module):
                 f"the loss is {loss.detach().sum().item()}: nan or inf in some sample, on all ranks"
             )
         # Connected to the embeddings alone, so that a backbone's hooks run on every rank, with gradient 0.
+        if torch.is_grad_enabled() and not embeddings.requires_grad:
+            embeddings = embeddings.detach().requires_grad_()
         nothing = torch.where(torch.zeros_like(embeddings, dtype=torch.bool), embeddings, 0.0).sum()
         return loss.detach() + nothing.to(loss.dtype)
 
@@ -237,9 +252,19 @@ class MarginSoftmaxLoss(nn.Module):
             value = given.get(prefix + name)
             if isinstance(value, DTensor):
                 given[prefix + name] = value.to_local() if self.shard is not None else value.full_tensor()
-            elif self.shard is not None and isinstance(value, Tensor) and len(value) == self.num_classes:
+            elif self.shard is not None and isinstance(value, Tensor):
+                if len(value) != self.num_classes:
+                    raise ValueError(
+                        f"{prefix + name} has {len(value)} classes, this head {self.num_classes} on all ranks"
+                    )
                 given[prefix + name] = value[self.shard.start : self.shard.stop]
+        # Another sample rate is no other model.
+        if self.sampler is None:
+            given.pop(prefix + "sampler", None)
+        else:
+            given.setdefault(prefix + "sampler", self.sampler)
         super()._load_from_state_dict(given, prefix, *args)
+        self.mark_rows()
 
     def description(self) -> dict[str, object]:
         """What all ranks must agree on."""
@@ -249,6 +274,8 @@ class MarginSoftmaxLoss(nn.Module):
             "dtype": str(self.weight.dtype),
             "margin": repr(self.margin),
             "bias": self.bias is not None,
+            "class_weight": self.class_weight is not None,
+            "seed": self.seed,
             "gradient_for": None if self.shard is None else self.shard.gradient_for,
             **{name: value for name, (value, _) in self.settings().items()},
         }
@@ -273,3 +300,35 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None:
             changed.append(f"classes {self.shard.start} to {self.shard.stop} of rank {self.shard.rank}")
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])
+
+
+def check_head(
+    embedding_dim: int,
+    num_classes: int,
+    margin: Margin,
+    sample_rate: float,
+    logq_correction: bool,
+    sub_centers: int,
+    process_group: dist.ProcessGroup | None,
+    gradient_for: str,
+    on_nonfinite: str | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    objective: str,
+) -> None:
+    """What can be said about a head before it is made."""
+    for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+    check_options(margin, label_smoothing, reduction, objective, sub_centers)
+    check_sampling(logq_correction, label_smoothing, objective)
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | float) or not 0.0 <= sample_rate <= 1.0:
+        raise ValueError(f"sample_rate must be a number between 0 and 1, got {sample_rate!r}")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
+    check_name("gradient_for", gradient_for, GRADIENT_FOR)
+    if on_nonfinite is not None:
+        check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
+    if class_weight is not None:
+        check_class_vector("class_weight", class_weight, num_classes)

@@ -19,6 +19,8 @@ CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the p
 class NoGradient(Tensor):
     """What stands in `weight.grad` after the rows were updated in backward: it says why there is nothing to use."""
 
+    optimizer: RowOptimizer  # the one that updated them
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
@@ -38,14 +40,22 @@ class RowOptimizer(torch.optim.Optimizer):
 
     state_names: tuple[str, ...] = ()
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        if defaults["unsampled"] not in UNSAMPLED:
-            raise ValueError(
-                f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {defaults['unsampled']!r}"
-            )
-        if defaults["state_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"state_dtype must be float32, bfloat16, float64 or None, got {defaults['state_dtype']}")
-        super().__init__(params, defaults)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; ValueError for a number out of range, an unknown name, a parameter not [C, D] or [C]."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self.check_group(group)
+        if group["unsampled"] not in UNSAMPLED:
+            raise ValueError(f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {group['unsampled']!r}")
+        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"state_dtype must be float32, bfloat16, float64 or None, got {group['state_dtype']}")
+        for weight in group["params"]:
+            if weight.ndim not in (1, 2):
+                raise ValueError(f"parameters must have shape [C, D] or [C], got {tuple(weight.shape)}")
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """ValueError for a number out of range."""
+        raise NotImplementedError
 
     def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
         """The rule's name, its numbers, and how many matrices of state it needs."""
@@ -62,6 +72,10 @@ class RowOptimizer(torch.optim.Optimizer):
             for weight in group["params"]:
                 grad = weight.grad
                 if isinstance(grad, NoGradient):
+                    if grad.optimizer is not self:
+                        raise RuntimeError(
+                            "update_in_backward: another optimizer than this one updated the weight's rows"
+                        )
                     weight.grad = None
                 elif grad is not None:
                     self.apply(weight, grad)
@@ -95,23 +109,29 @@ class RowOptimizer(torch.optim.Optimizer):
             numbers=numbers,
             state=tuple(matrix(state[name]) for name in self.state_names if name in state),
             steps=state.get("row_steps"),
-            seed=mixed(group["seed"], step, first_class(weight)) if group["stochastic_rounding"] else None,
+            seed=self.seed_of(weight, step) if group["stochastic_rounding"] else None,
             unsampled=group["unsampled"],
         )
+
+    def seed_of(self, weight: Tensor, step: int) -> int:
+        """Another one for every step, parameter and shard."""
+        place = next(i for i, other in enumerate(self.parameters()) if other is weight)
+        shard = getattr(weight, "shard", None)
+        return mixed(self.group_of(weight)["seed"], step, place, 0 if shard is None else shard.start)
 
     @torch.no_grad()
     def state_of(self, weight: Tensor) -> dict[str, Any]:
         """The state of one parameter, zeros before its first step."""
         state: dict[str, Any] = self.state[weight]
-        if not state:
-            group = self.group_of(weight)
-            rule, _, matrices = self.rule(group)
-            dtype = group["state_dtype"] or accumulate(weight.dtype)
+        group = self.group_of(weight)
+        rule, _, matrices = self.rule(group)
+        if "step" not in state:
             state["step"] = torch.tensor(0, dtype=torch.int64, device="cpu")
-            for name in self.state_names[:matrices]:
-                state[name] = torch.zeros_like(weight, dtype=dtype)
-            if rule == "adamw":
-                state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        for name in self.state_names[:matrices]:
+            if name not in state:
+                state[name] = torch.zeros_like(weight, dtype=group["state_dtype"] or accumulate(weight.dtype))
+        if rule == "adamw" and "row_steps" not in state:
+            state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         return state
 
     def finish(self, update: RowUpdate, ids: Tensor | None) -> None:
@@ -144,17 +164,25 @@ class RowOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its own dtype, which need not be the weight's."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        """As torch's, but every tensor keeps its own dtype, which need not be the weight's.
+
+        Raises:
+            ValueError: state of another kind of optimizer, or of another shape; nothing is changed then.
+        """
+        loaded = {}
         for place, weight in enumerate(self.parameters()):
-            loaded = state_dict["state"].get(place, {})
-            for name, value in loaded.items():
-                value = value.to_local() if isinstance(value, DTensor) else value
-                if name != "step" and value.shape[:1] != weight.shape[:1]:
-                    raise ValueError(
-                        f"{name} has {len(value)} rows, the weight {len(weight)}: another number of classes"
-                    )
-                self.state[weight][name] = value.clone() if name == "step" else value.to(weight.device, copy=True)
+            state = self.state_of(weight)
+            loaded[weight] = {
+                name: loaded_like(state[name], value, weight, name)
+                for name, value in state_dict["state"].get(place, {}).items()
+                if name in state or wrong_state(name, state)
+            }
+            missing = state.keys() - loaded[weight].keys() if loaded[weight] else ()
+            if missing:
+                raise ValueError(f"the state dict has no {min(missing)!r}: it is another optimizer's")
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for weight, state in loaded.items():
+            self.state[weight].update(state)
 
     def parameters(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
@@ -177,7 +205,9 @@ class RowOptimizer(torch.optim.Optimizer):
     def finish_in_backward(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None:
         """`finish`; leaves in weight.grad what says that there is none."""
         self.finish(update, ids)
-        weight.grad = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
+        nothing = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
+        nothing.optimizer = self
+        weight.grad = nothing
 
     def chunks(self, weight: Tensor, count: int) -> Iterator[slice]:
         size = max(1, CHUNK_BYTES // (4 * max(1, weight[:1].numel())))
@@ -227,10 +257,6 @@ class RowSGD(RowOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            at_least_zero(name, value)
-        if nesterov and not momentum:
-            raise ValueError("nesterov needs a momentum > 0")
         super().__init__(
             params,
             dict(
@@ -238,6 +264,12 @@ class RowSGD(RowOptimizer):
                 state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
             ),
         )  # fmt: skip
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            at_least_zero(name, group[name])
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("nesterov needs a momentum > 0")
 
     def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
         numbers = (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
@@ -272,10 +304,6 @@ class RowAdamW(RowOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            at_least_zero(name, value)
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas!r}")
         super().__init__(
             params,
             dict(
@@ -283,6 +311,12 @@ class RowAdamW(RowOptimizer):
                 state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
             ),
         )  # fmt: skip
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            at_least_zero(name, group[name])
+        if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+            raise ValueError(f"betas must be in [0, 1), got {group['betas']!r}")
 
     def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
@@ -294,10 +328,19 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor[:, None] if tensor.ndim == 1 else tensor
 
 
-def first_class(weight: Tensor) -> int:
-    """The first class of a rank's rows."""
+def loaded_like(own: Tensor, value: Tensor, weight: Tensor, name: str) -> Tensor:
+    """A copy of a state dict's tensor where the optimizer has its own; a shard's rows of one of all classes."""
     shard = getattr(weight, "shard", None)
-    return 0 if shard is None else shard.start
+    value = value.to_local() if isinstance(value, DTensor) else value
+    if shard is not None and value.shape[:1] == (shard.num_classes,):
+        value = value[shard.start : shard.stop]
+    if value.shape != own.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
+    return value.to(own.device, copy=True)
+
+
+def wrong_state(name: str, known: dict[str, Any]) -> bool:
+    raise ValueError(f"the state dict has {name!r}, expected {', '.join(known)}: it is another optimizer's")
 
 
 def at_least_zero(name: str, value: float) -> None:

@@ -34,6 +34,21 @@ def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]
     return min(rank * size, num_classes), min((rank + 1) * size, num_classes)
 
 
+def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) -> None:
+    """ValueError on every rank, naming the difference, unless all ranks of the group describe themselves alike.
+
+    A description with an "error" tells the others why this rank raises one.
+    """
+    everyone: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, description, group=group)
+    for rank, other in enumerate(everyone):
+        if "error" in other and "error" not in description:
+            raise ValueError(f"process_group: rank {rank} has an error: {other['error']}")
+        for name, value in everyone[0].items():
+            if "error" not in everyone[0] and "error" not in other and other.get(name) != value:
+                raise ValueError(f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0")
+
+
 class Shard:
     """The range of classes that this rank owns, and the exchanges with the other ranks.
 
@@ -53,16 +68,8 @@ class Shard:
         self.start, self.stop = shard_range(num_classes, self.rank, self.world_size)
         self.gradient_for = gradient_for
 
-    def check_agreement(self, description: dict[str, object], device: torch.device) -> None:
-        """ValueError on every rank, naming the difference, unless all ranks describe themselves alike."""
-        everyone: list[dict[str, object]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(everyone, description, group=self.group)
-        for rank, other in enumerate(everyone):
-            for name, value in everyone[0].items():
-                if other.get(name) != value:
-                    raise ValueError(
-                        f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0"
-                    )
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+        return self  # a process group cannot be copied, and a copy of a head is in the same one
 
     # -- samples of all ranks ------------------------------------------------------------------------------------
 
@@ -74,28 +81,38 @@ class Shard:
         Raises:
             RuntimeError: on every rank, when they differ, or one of them had an error.
         """
-        alike = {"float64 numbers": x.dtype == torch.float64, "a gradient of embeddings": x.requires_grad, **alike}
-        everyone = self.exchange(len(x), alike.values(), x.device)
-        for rank, (count, *settings) in enumerate(everyone):
+        alike = {"float64 numbers": x.dtype == torch.float64, "gradients": torch.is_grad_enabled(), **alike}
+        everyone = self.exchange(len(x), x.requires_grad, settings=alike.values(), device=x.device)
+        for rank, (count, _, *settings) in enumerate(everyone):
             if count < 0:
                 raise RuntimeError(
                     f"tritonmargin: rank {rank} of the process group had an error before the loss, see there"
                 )
-            for name, value, first in zip(alike, settings, everyone[0][1:], strict=True):
+            for name, value, first in zip(alike, settings, everyone[0][2:], strict=True):
                 if value != first:
                     ranks = (
                         f"rank {rank} {'does' if value else 'does not'} and rank 0 {'does' if first else 'does not'}"
                     )
                     raise RuntimeError(f"tritonmargin: all ranks must ask for {name} or none: {ranks}")
-        return Batch(self, [count for count, *_ in everyone])
+        return Batch(self, [count for count, *_ in everyone], any(needed for _, needed, *_ in everyone))
 
     def announce_error(self, embeddings: Tensor, alike: int) -> None:
         """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one."""
         device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
-        self.exchange(-1, [False] * (2 + alike), device)
+        self.exchange(-1, False, settings=[False] * (2 + alike), device=device)
 
-    def exchange(self, count: int, settings: Iterable[bool], device: torch.device) -> list[list[int]]:
-        own = torch.tensor([count, *settings], dtype=torch.int64, device=device)
+    def agree(self, error: Exception | None, device: torch.device) -> None:
+        """Raise on every rank if one of them has an error."""
+        failed = [bool(other) for (other,) in self.exchange(error is not None, device=device)]
+        if error is not None:
+            raise error
+        if any(failed):
+            raise RuntimeError(f"tritonmargin: rank {failed.index(True)} of the process group had an error, see there")
+
+    def exchange(
+        self, count: int, *needed: bool, settings: Iterable[bool] = (), device: torch.device
+    ) -> list[list[int]]:
+        own = torch.tensor([count, *needed, *settings], dtype=torch.int64, device=device)
         out = own.new_empty(self.world_size * len(own))
         dist.all_gather_into_tensor(out, own, group=self.group)
         rows: list[list[int]] = out.view(self.world_size, -1).tolist()
@@ -160,6 +177,7 @@ class Batch:
 
     shard: Shard
     counts: list[int]
+    needs_gradient: bool = False  # whether some rank's rows do: then all ranks take part in it
 
     @property
     def own(self) -> slice:
@@ -169,6 +187,8 @@ class Batch:
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """All ranks' rows; the gradient is the sum over ranks, each rank's own rows of it."""
+        if self.needs_gradient and not x.requires_grad:
+            x = x.detach().requires_grad_()
         return GatherRows.apply(x, self)
 
     def gather_numbers(self, numbers: Tensor) -> Tensor:

@@ -402,14 +402,19 @@ class UpdatingStream(torch.autograd.Function):
             )
         ctx.done = True
         wanted = ctx.needs_input_grad[1:]
-        update = ctx.updater.begin_in_backward(ctx.weight) if wanted[1] else None
+        update = ctx.updater.begin_in_backward(ctx.weight) if wanted[1] and is_trained(ctx.weight) else None
         saved = ctx.saved_tensors
-        arguments = backward_arguments(ctx, saved, grads, wanted)
+        arguments = backward_arguments(ctx, saved, grads, (wanted[0], update is not None, *wanted[2:]))
         grad_x, _, grad_bias = walk_back(*arguments[:-1], backend=arguments[-1], update=update)
         if update is not None:
             ctx.updater.finish_in_backward(ctx.weight, update, saved[3])
         bias = grad_bias if wanted[4] else None
         return (None, grad_x if wanted[0] else None, None, None, None, bias, *[None] * 12)
+
+
+def is_trained(weight: Tensor) -> bool:
+    """Whether this backward is about the weight: `torch.autograd.grad(loss, x)` must not update it."""
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
 
 
 def no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]

@@ -503,7 +503,6 @@ def finish_rows(
     changes, rule, seed = None, None, 0
     where = place if rows is None else rows
     if update is not None and where is not None:
-        update.touched = True
         steps = None
         if update.steps is not None:
             counted = count_up(update.steps, where)
@@ -519,3 +518,5 @@ def finish_rows(
         RULE=rule, STOCHASTIC=update is not None and update.seed is not None,
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
+    if update is not None:
+        update.touched = True
