@@ -28,13 +28,16 @@ class Option(NamedTuple):
         return self.memory.peak <= room
 
     @property
-    def setting(self) -> str:
+    def form(self) -> str:
+        """The setting without its rate."""
         head = self.head
         stochastic = ", rounded by chance" if head.weight_item == 2 else ""
         state = f"{ITEMS[head.state_item]} state, " if head.states else ""
-        return (
-            f"{FORMS[head.gradient]}, {state}{ITEMS[head.weight_item]} weights{stochastic}, sample rate {head.rate:g}"
-        )
+        return f"{FORMS[head.gradient]}, {state}{ITEMS[head.weight_item]} weights{stochastic}"
+
+    @property
+    def setting(self) -> str:
+        return f"{self.form}, sample rate {self.head.rate:g}"
 
 
 class Plan(NamedTuple):
