@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table as Box
 
 from perf import audit as audits
-from perf import machine, memory, profiling, rates, report, timing
-from perf import plan as plans
+from perf import machine, memory, plan_cli, profiling, rates, report, timing
 from perf.problem import Problem
 from perf.providers import discover
 from perf.tables import STEP, Table, tables
+from perf.terminal import Out, boxed, console, saying
 
 app = typer.Typer(
     help="Speed and memory of tritonmargin beside other code.", no_args_is_help=True, add_completion=False
 )
-console = Console(width=None if sys.stdout.isatty() else 140)
 
-Out = Annotated[Path, typer.Option(help="folder of CSVs, machine.json, perf.md and plots")]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: its own choice")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 N = Annotated[int, typer.Option("--n", min=1, help="samples")]
@@ -214,25 +207,9 @@ def roofline_command(
     show(AUDIT, frame)
 
 
-@app.command("plan")
-def plan_command(
-    n: N = 256,
-    d: D = 512,
-    c: C = 1_000_000,
-    dtype: Dtype = "float32",
-    memory_mb: Annotated[
-        float | None, typer.Option("--memory", min=0, help="MB for everything; retain what fits")
-    ] = None,
-    chunk_mb: Annotated[float, typer.Option("--chunk", min=0, help="MB a chunk; 0: from the cache's size")] = 0.0,
-) -> None:
-    """Chunk size and predicted memory, beside the usual code with full logits."""
-    problem = Problem(n, d, c, dtype)
-    made = plans.plan(problem, None if memory_mb is None else int(memory_mb * 1e6), int(chunk_mb * 1e6))
-    boxed(plan_table(made, memory_mb), problem.title)
-    typer.echo(f"chunks: {made.chunks} of {made.chunk} classes")
-    if memory_mb is not None:
-        typer.echo(f"retain_bytes={made.retain_bytes}: keeps the tiles of {made.retained} of {c} classes")
-
+app.command("plan")(plan_cli.plan_command)
+app.command("plan-table")(plan_cli.plan_table_command)
+app.command("scale-check")(plan_cli.scale_check_command)
 
 # -- what the commands are made of -------------------------------------------------------------------------------
 
@@ -267,35 +244,3 @@ def show(name: str, frame: pd.DataFrame) -> None:
         boxed(render(rows), f"{name}: {report.heading(size)}")
         for line in report.left_out(rows):
             console.print(line, style="yellow", highlight=False)
-
-
-def plan_table(made: plans.Plan, memory_mb: float | None) -> pd.DataFrame:
-    rows = {"tritonmargin": made.ours, "full logits": made.full_logits}
-    fits = {
-        name: "" if memory_mb is None else "yes" if made.fixed + extra <= memory_mb * 1e6 else "NO"
-        for name, extra in rows.items()
-    }
-    return pd.DataFrame([
-        {"": name, "W, MB": report.digits(made.weight / 1e6), "gradient of W": report.digits(made.gradient / 1e6),
-         "inputs": report.digits(made.inputs / 1e6), "beyond": report.digits(extra / 1e6),
-         "in all": report.digits((made.fixed + extra) / 1e6), "fits": fits[name]}
-        for name, extra in rows.items()
-    ])  # fmt: skip
-
-
-def boxed(frame: pd.DataFrame, heading: str) -> None:
-    box = Box(title=heading, title_justify="left")
-    for name in frame:
-        box.add_column(
-            str(name), justify="left" if name in ("", "mode", "row", "size", "bound", "met", "part") else "right"
-        )
-    for row in frame.itertuples(index=False):
-        box.add_row(*map(str, row))
-    console.print(box)
-
-
-@contextmanager
-def saying() -> Iterator[timing.Say]:
-    """A line of progress on a terminal, nothing elsewhere."""
-    with console.status("") as status:
-        yield status.update

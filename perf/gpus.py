@@ -55,3 +55,33 @@ GPUS = {
             256 << 20, 5.3e12),
     )
 }  # fmt: skip
+
+
+class Node(NamedTuple):
+    """A GPU among others: its memory, and its way to them. Bytes, and bytes per second in one direction."""
+
+    gpu: Gpu
+    capacity: float
+    link: float  # to the other GPUs of its machine
+    network: float  # to other machines, its own adapter
+    together: int = 8  # GPUs of a machine
+
+    def rate(self, ranks: int) -> float:
+        """What a rank sends in a ring: over its link, or, where rings leave the machine, over all its adapters.
+
+        A ring crosses from machine to machine once, and as many rings run side by side as there are adapters, so that
+        their adapters carry together what each rank sends.
+        """
+        return self.link if ranks <= self.together else min(self.link, self.together * self.network)
+
+
+# By the names of the command line. NVLink: half of what the whitepapers quote for both directions (600, 900 and 1800
+# GB/s); MI300X: half of the 896 GB/s of its platform brief (2023). Memory and network: NVIDIA DGX A100 datasheet (8 x
+# 80 GB, 8 ConnectX-6 of 200 Gb/s, 2021), DGX H100 datasheet (8 x 80 GB, 8 ConnectX-7 of 400 Gb/s, 2023), DGX B200
+# datasheet (8 x 180 GB, 8 x 400 Gb/s, 2024); AMD quotes no network, Azure's ND MI300X v5 has 8 x 400 Gb/s (2024).
+NODES = {
+    "a100": Node(GPUS["sm_80"], 80e9, 300e9, 25e9),
+    "h100": Node(GPUS["sm_90"], 80e9, 450e9, 50e9),
+    "b200": Node(GPUS["sm_100"], 180e9, 900e9, 50e9),
+    "mi300x": Node(GPUS["gfx942"], 192e9, 448e9, 50e9),
+}

@@ -22,11 +22,15 @@ from perf.compiled import MATRIX, Compiled, compiling_for
 from perf.gpus import GPUS, Gpu
 from tritonmargin.kernels import tiles, triton_ops
 from tritonmargin.kernels.torch_ops import Running, Shares
+from tritonmargin.kernels.updates import RowUpdate
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (64, 128, 256, 512, 1024)
 N, C, D = 1024, 1_000_000, 512  # of the predicted step
+TILED = ("reduce_chunk", "weigh_chunk")
+SGD, ADAMW = "finish_rows, sgd", "finish_rows, adamw"  # finish_rows that updates the rows
+STATES = {SGD: 1, ADAMW: 2}
 
 
 class Size(NamedTuple):
@@ -64,9 +68,28 @@ def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N) -> dict[str, Compiled
         triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
         found["weigh_chunk"] = compiled[-1]
         shares = [Shares(target, torch.empty(n, d))]
-        triton_ops.finish_rows(rows, rows, prepared, 0, shares, None, None, torch.ones(()), w, None)
-        found["finish_rows"] = compiled[-1]
+        for name, update in (("finish_rows", None), *updates(w).items()):
+            place = None if update is None else slice(0, k)
+            triton_ops.finish_rows(rows, rows, prepared, 0, shares, None, None, torch.ones(()), w, place, update)
+            found[name] = compiled[-1]
     return found
+
+
+def updates(w: torch.Tensor) -> dict[str, RowUpdate]:
+    """What the rows' update in backward is compiled with, by kernel: bfloat16 rounded by chance, state included."""
+    low = w.dtype == torch.bfloat16
+    first, second = (torch.empty_like(w, dtype=w.dtype if low else torch.float32) for _ in range(2))
+    steps, seed = torch.zeros(len(w), dtype=torch.int32), 1 if low else None
+    return {
+        SGD: RowUpdate("sgd", w, (0.1, 0.9, 5e-4, 0.0), (first,), seed=seed),
+        ADAMW: RowUpdate("adamw", w, (1e-3, 0.9, 0.999, 1e-8, 0.1), (first, second), steps, seed),
+    }
+
+
+def state_bytes(kernel: str, size: Size) -> int:
+    """The optimiser's state of the chunk's rows, once."""
+    item = 2 if size.dtype == "bfloat16" else 4
+    return STATES.get(kernel, 0) * size.k * size.d * item
 
 
 def launch_bytes(kernel: str, size: Size, slots: int) -> int:
@@ -74,11 +97,14 @@ def launch_bytes(kernel: str, size: Size, slots: int) -> int:
     n, d, k, _ = size
     item = size.itemsize
     x, rows, tile, numbers = n * d * item, k * d * item, n * k * item, 4 * n
+    finish = 3 * rows + 4 * k + n * (8 + 4 * d) + 2 * state_bytes(kernel, size)
     return {
         "prepare_rows": rows + rows + 4 * k,  # W, unit rows, 1/|w|
         "reduce_chunk": x + rows + 8 * n + 2 * numbers * slots,  # targets, sums read and written
         "weigh_chunk": x + rows + 8 * n + numbers + tile,
-        "finish_rows": 3 * rows + 4 * k + n * (8 + 4 * d),  # A, W, dW, 1/|w|, the targets' shares
+        "finish_rows": finish,  # A, W, dW, 1/|w|, the targets' shares
+        SGD: finish,  # W in place of dW
+        ADAMW: finish + 8 * k,  # and two corrections a row
     }[kernel]
 
 
@@ -89,15 +115,15 @@ def main_memory_bytes(kernel: str, size: Size, gpu: Gpu) -> int:
     fits = (n + 2 * d) * k * item <= gpu.cache
     rows, tile = k * d * item, 0 if fits else n * k * item
     return {
-        "prepare_rows": rows, "reduce_chunk": 0, "weigh_chunk": tile, "products": 2 * tile, "finish_rows": 2 * rows,
-    }[kernel]  # fmt: skip
+        "prepare_rows": rows, "reduce_chunk": 0, "weigh_chunk": tile, "products": 2 * tile,
+    }.get(kernel, 2 * rows + 2 * state_bytes(kernel, size))  # fmt: skip
 
 
 def launch_flops(kernel: str, size: Size) -> int:
     n, d, k, _ = size
     return {
         "prepare_rows": 3 * k * d, "reduce_chunk": 2 * n * d * k + 2 * n * k, "weigh_chunk": 2 * n * d * k + n * k,
-        "finish_rows": 7 * k * d + n * d,
+        "finish_rows": 7 * k * d + n * d, SGD: 13 * k * d + n * d, ADAMW: 23 * k * d + n * d,
     }[kernel]  # fmt: skip
 
 
@@ -121,7 +147,7 @@ def audit(
 
 def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any]:
     of, code = compiled.options, compiled.instructions
-    tiled = kernel in ("reduce_chunk", "weigh_chunk")
+    tiled = kernel in TILED
     count = math.ceil(size.n / of["BLOCK_N"]) * math.ceil(size.k / of["BLOCK_C"]) if tiled else compiled.grid[0]
     slots = math.ceil(size.k / of["BLOCK_C"]) if tiled else 0
     moved = main_memory_bytes(kernel, size, gpu)
@@ -176,7 +202,7 @@ LIMITS = {
 
 def budgets(frame: pd.DataFrame) -> pd.DataFrame:
     """What must hold of the compiled kernels, one line each: met, or where not."""
-    tiled = frame[frame["kernel"].isin(["reduce_chunk", "weigh_chunk"])]
+    tiled = frame[frame["kernel"].isin(TILED)]
     low = tiled[tiled["dtype"] != "float32"]
     wide = low[low["D"] >= 256]
     tile_bytes = (
@@ -207,24 +233,34 @@ def budgets(frame: pd.DataFrame) -> pd.DataFrame:
 # -- a step, predicted -------------------------------------------------------------------------------------------
 
 
-def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = C) -> pd.DataFrame:
-    """Seconds of a forward and backward by schedule: ours, the floor, three others by their published algorithms."""
+def step_parts(gpu: Gpu, dtype: str, n: int, d: int, c: int) -> dict[str, float]:
+    """Seconds of a forward and backward by kernel, prepare_rows in both of them; beside them the CPU's launches.
+
+    "products" are dX and dW; the three kinds of finish_rows are alternatives.
+    """
     k = chunk_of(gpu, dtype, n, d)
     size, chunks = Size(n, d, k, dtype), math.ceil(c / k)
-    compiled = compile_step(gpu, dtype, d, n)
-    sustained = static.SUSTAINED * gpu.peak(dtype)
-    gemm, item = 2.0 * n * d * c, size.itemsize
     parts = {}
-    for kernel, each in compiled.items():
-        if kernel in ("reduce_chunk", "weigh_chunk"):
+    for kernel, each in compile_step(gpu, dtype, d, n).items():
+        if kernel in TILED:
             count = math.ceil(n / each.options["BLOCK_N"]) * math.ceil(k / each.options["BLOCK_C"])
             bound = static.tile_bound(each, gpu, dtype, "ieee", main_memory_bytes(kernel, size, gpu) / count)
             parts[kernel] = chunks * tile_seconds(bound, count, gpu)
         else:
             parts[kernel] = chunks * row_seconds(kernel, size, gpu)
-    products = max(2 * gemm / sustained, chunks * main_memory_bytes("products", size, gpu) / gpu.memory)
-    ours = 2 * parts["prepare_rows"] + parts["reduce_chunk"] + parts["weigh_chunk"] + products + parts["finish_rows"]
-    launches = 8 * chunks
+    parts["prepare_rows"] *= 2
+    compute = 2 * 2.0 * n * d * c / (static.SUSTAINED * gpu.peak(dtype))
+    parts["products"] = max(compute, chunks * main_memory_bytes("products", size, gpu) / gpu.memory)
+    return parts | {"launches": 8 * chunks * static.LAUNCH}
+
+
+def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = C) -> pd.DataFrame:
+    """Seconds of a forward and backward by schedule: ours, the floor, three others by their published algorithms."""
+    k = chunk_of(gpu, dtype, n, d)
+    sustained = static.SUSTAINED * gpu.peak(dtype)
+    gemm, item = 2.0 * n * d * c, Size(n, d, k, dtype).itemsize
+    parts = step_parts(gpu, dtype, n, d, c)
+    ours = sum(parts[name] for name in ("prepare_rows", "reduce_chunk", "weigh_chunk", "products", "finish_rows"))
     logits, rows = float(n) * c, float(c) * d * item
     full = 3 * gemm / sustained + (logits * (item * 4 + 4 * 9) + rows * 16) / gpu.memory
     # Liger: chunks of samples, as few as D / C of them; each passes over all of W, and over its gradient twice.
@@ -236,7 +272,7 @@ def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = 
     cut = 4 * gemm / sustained + (logits / 128 * d * 4 * 2 * 2) / (3 * gpu.memory) + 6 * rows / gpu.memory
     lines = [
         ("tritonmargin, in a CUDA graph", ours, 4 * gemm),
-        ("tritonmargin, launched one by one", max(ours, launches * static.LAUNCH), 4 * gemm),
+        ("tritonmargin, launched one by one", max(ours, parts["launches"]), 4 * gemm),
         ("floor: three products at the sustained rate", 3 * gemm / sustained, 3 * gemm),
         ("full logits, the usual code", full, 3 * gemm),
         ("Cut Cross-Entropy's schedule, W normalised before", cut, 4 * gemm),
@@ -258,8 +294,10 @@ def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "kernels.csv", index=False)
     predicted.to_csv(out / "kernels_predicted.csv", index=False)
-    plot_cycles(frame, out / "kernels_cycles.png")
-    plot_roofline(frame, out / "kernels_roofline.png")
+    from perf import plots
+
+    plots.write(plots.cycles(frame), out / "kernels_cycles.png")
+    plots.write(plots.rooflines(frame), out / "kernels_roofline.png")
     rules = budgets(frame)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == D)]
     columns = ["target", "kernel", "block", "warps", "stages", "registers", "spills", "shared_memory", "blocks",
@@ -295,57 +333,3 @@ All {len(frame)} lines, with bytes and flops of a launch, are in [kernels.csv](k
     page = out / "kernels.md"
     page.write_text(text)
     return page
-
-
-def plot_cycles(frame: pd.DataFrame, path: Path) -> None:
-    """Cycles that a tile keeps each part of a processor busy, by width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = ["matrix", "exp", "issue", "shared", "memory"]
-    targets = list(dict.fromkeys(frame["target"]))
-    figure, axes = plt.subplots(2, len(targets), figsize=(3.4 * len(targets), 6), sharex=True, squeeze=False)
-    for row, kernel in enumerate(("reduce_chunk", "weigh_chunk")):
-        for column, target in enumerate(targets):
-            part = frame[(frame["kernel"] == kernel) & (frame["target"] == target) & (frame["dtype"] == "bfloat16")]
-            axis, below = axes[row][column], 0.0
-            for name in names:
-                values = part[f"{name}_cycles"].to_numpy()
-                axis.bar([str(d) for d in part["D"]], values, bottom=below, label=name)
-                below = below + values
-            axis.set_title(f"{kernel}, {target}", fontsize=9)
-            axis.set_xlabel("D")
-    axes[0][0].set_ylabel("cycles of a tile, stacked")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle("What a bfloat16 tile keeps busy (static, predicted)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_roofline(frame: pd.DataFrame, path: Path) -> None:
-    """Predicted flops per second against flops per byte of main memory, by target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    part = frame[frame["dtype"] == "bfloat16"]
-    for target, rows in part.groupby("target", sort=False):
-        gpu = GPUS[str(target)]
-        ridge = gpu.peak("bfloat16") / gpu.memory
-        (roof,) = axis.loglog(
-            [0.5, ridge, 1e5], [0.5 * gpu.memory, gpu.peak("bfloat16"), gpu.peak("bfloat16")], label=gpu.name
-        )
-        intensity = rows["launch_flops"] / rows["main_memory_bytes"].clip(lower=rows["launch_flops"] / 5e4)
-        axis.loglog(intensity, rows["launch_flops"] / (rows["predicted_us"] * 1e-6), "o", ms=3, color=roof.get_color())
-    axis.set_xlabel("flops per byte of main memory")
-    axis.set_ylabel("flops per second, predicted")
-    axis.legend(fontsize=8)
-    axis.set_title("Kernels under the published rooflines, bfloat16 (predicted)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

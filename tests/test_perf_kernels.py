@@ -33,7 +33,7 @@ def audited() -> pd.DataFrame:
 
 def test_kernels_are_audited(audited: pd.DataFrame) -> None:
     """Matrix instructions where there are products, exps where there are exps, and counts that add up."""
-    assert len(audited) == 2 * 2 * 4
+    assert len(audited) == 2 * 2 * 6
     tiled = audited[audited["kernel"].isin(["reduce_chunk", "weigh_chunk"])]
     assert set(tiled["matrix_kind"]) == {"HGMMA", "mfma"}
     assert set(tiled[tiled["target"] == "sm_90"]["loads_ahead"]) == {"UTMALDG"}
@@ -47,6 +47,11 @@ def test_kernels_are_audited(audited: pd.DataFrame) -> None:
     rounds = -(-tiled["D"] // block_d)
     assert (tiled["matrix_cycles"] == 2 * size * rounds * block_d / rate).all()
     assert (audited["spills"] == 0).all()
+    finish = audited[audited["target"] == "sm_90"].set_index(["D", "kernel"])
+    for update, states in kernels.STATES.items():
+        moved = {name: finish.loc[(512, name), "main_memory_bytes"] for name in ("finish_rows", update)}
+        assert moved[update] == (1 + states) * moved["finish_rows"]  # bfloat16 state: read and written like W
+        assert finish.loc[(512, update), "registers"] > finish.loc[(512, "prepare_rows"), "registers"]
     weigh = tiled[tiled["kernel"] == "weigh_chunk"]
     assert (weigh["launch_bytes"] > weigh["N"] * weigh["chunk"] * 2).all()
 
