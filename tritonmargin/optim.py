@@ -86,8 +86,7 @@ class RowOptimizer(torch.optim.Optimizer):
         update = self.begin(weight)
         ids = None
         if grad.is_sparse:
-            grad = grad.coalesce()
-            ids, grad = grad.indices()[0], grad.values()
+            ids, grad = rows_of(grad)
         for rows in self.chunks(weight, len(grad)):
             # A copy: an optimiser leaves gradients as they are.
             part = grad[rows].to(accumulate(weight.dtype), copy=True)
@@ -321,6 +320,18 @@ class RowAdamW(RowOptimizer):
     def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         return "adamw", tuple(map(float, numbers)), 2
+
+
+def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers and rows of a sparse gradient, each once.
+
+    Ours are in order and unique, but autograd forgets that they are, and coalescing would copy all of them.
+    """
+    ids, values = grad._indices()[0], grad._values()
+    if grad.is_coalesced() or bool((ids[1:] > ids[:-1]).all()):
+        return ids, values
+    grad = grad.coalesce()
+    return grad.indices()[0], grad.values()
 
 
 def matrix(tensor: Tensor) -> Tensor:
