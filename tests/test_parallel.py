@@ -122,7 +122,7 @@ def one_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
                     objective,
                     reduction,
                     smoothing,
-                    ["loss", "dx", "dw", "db", "t", "rest", "class", "hardest", "correct"][i],
+                    ["loss", "dx", "dw", "db", "t", "rest", "class", "hardest", "correct", "sampled"][i],
                 )
                 close(ours, whole if whole.ndim == 0 else whole[part], 1e-12, what)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -38,9 +37,6 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
         wait(_running)
-        for future in _running:
-            if future.exception() is not None:
-                warnings.warn(f"tritonmargin: an asynchronous save had failed: {future.exception()}", stacklevel=3)
         _running.clear()  # what failed holds on to its copy of the state
         self.group: dist.ProcessGroup | None = None
         self.rank, self.world_size = 0, 1

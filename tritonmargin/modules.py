@@ -162,6 +162,10 @@ class MarginSoftmaxLoss(nn.Module):
         # A copy of a head is not trained by the optimizer that trains the original.
         return {**self.__dict__, "_updater": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mark_rows()
+
     def forward(
         self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Stats]:

@@ -27,6 +27,10 @@ from torch.distributed.tensor import Shard as Split
 
 GRADIENT_FOR = ("ddp", "sum")
 
+# torch 2.13 has new names for them, and warns at the old ones.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
     """The classes [start, stop) of a rank, as `torch.chunk` and DTensor's `Shard(0)` split: 10 over 4 is 3, 3, 3, 1."""
@@ -114,7 +118,7 @@ class Shard:
     ) -> list[list[int]]:
         own = torch.tensor([count, *needed, *settings], dtype=torch.int64, device=device)
         out = own.new_empty(self.world_size * len(own))
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        all_gather(out, own, group=self.group)
         rows: list[list[int]] = out.view(self.world_size, -1).tolist()
         return rows
 
@@ -205,7 +209,7 @@ class Batch:
         padded = own.new_zeros(longest, *own.shape[1:])
         padded[: len(own)] = own
         out = own.new_empty(self.shard.world_size * longest, *own.shape[1:])
-        dist.all_gather_into_tensor(out, padded, group=group)
+        all_gather(out, padded, group=group)
         if len(set(self.counts)) == 1:
             return out
         return torch.cat([part[:count] for part, count in zip(out.split(longest), self.counts, strict=True)])
@@ -219,7 +223,7 @@ class Batch:
                 part[: len(own)] = own
             rows = padded.flatten(0, 1)
         out = rows.new_empty(longest, *rows.shape[1:])
-        dist.reduce_scatter_tensor(out, rows.contiguous(), group=group)
+        reduce_scatter(out, rows.contiguous(), group=group)
         return out[: self.counts[self.shard.rank]]
 
 
