@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ for module in ("PIL", "fontTools", "sklearn", "matplotlib", "tqdm", "jinja2", "p
     pytest.importorskip(module, reason=f"{module} is part of the demo extra: pip install -e '.[demo]'")
 
 import psutil  # noqa: E402
+import tqdm  # noqa: E402
 
 from examples.glyphs import data, fonts, partial_fc, ranks, sharded  # noqa: E402
 
@@ -100,7 +102,7 @@ class Started:
     def kill(self, victims: list[int], patience: float = SECONDS) -> list[int | None]:
         """The exit codes of all ranks, once the others have noticed; None: one did not and was ended from outside."""
         for victim in victims:
-            os.kill(self.processes[victim].pid, signal.SIGKILL)
+            self.processes[victim].kill()
         end = time.monotonic() + patience
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -117,6 +119,7 @@ def serve(
     with open(f"{folder}.stderr", "a") as log:
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)  # sums are split among threads
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill would leave there
     seconds = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world_size, timeout=seconds)
     run = ranks.Run.start(SETTINGS, OPTIONS.rate, dist.group.WORLD)
@@ -168,9 +171,9 @@ def kill_at_random(chance: random.Random, cache: Path, folder: Path) -> str:
     started = Started.start(2, trained, cache, folder)
     started.hear()
     notes = [Path(f"{folder}.{process.pid}.trains") for process in started.processes]
-    end = time.monotonic() + (SECONDS if chance.random() < 0.9 else 0.1)  # one in ten before training begins
-    while not all(note.exists() for note in notes) and time.monotonic() < end:
-        time.sleep(0.005)
+    if chance.random() < 0.9:  # else perhaps before training begins
+        while not all(note.exists() for note in notes) and any(process.is_alive() for process in started.processes):
+            time.sleep(0.005)
     time.sleep(chance.uniform(0.0, 1.0))
     trains = [note.exists() for note in notes]
     # While they make a group, torch's ranks wait for one that was killed. Under torchrun they are ended from outside.
