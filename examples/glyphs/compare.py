@@ -1,6 +1,6 @@
 """One process and two ranks over three seeds: do the ranks learn what the one process learns?
 
-`python -m examples.glyphs.sharded --compare --classes 6000 --unseen 2000 --steps 300`
+`python -m examples.glyphs.sharded --compare --classes 6000 --unseen 2000 --steps 900`
 """
 
 from __future__ import annotations
