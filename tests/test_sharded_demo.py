@@ -236,6 +236,19 @@ def test_a_run_goes_on_on_another_number_of_ranks(cache: Path, straight: dict[st
     assert 0 == starts[0][0] < starts[1][0] < starts[2][0] < STEPS
 
 
+@pytest.mark.slow
+def test_three_ranks_add_gradients_up_in_the_same_order_after_a_restart(cache: Path, tmp_path: Path) -> None:
+    Started.start(3, trained, cache, tmp_path / "straight" / "run").results()
+    started = Started.start(3, trained, cache, tmp_path / "killed" / "run")
+    started.hear()
+    await_checkpoint(tmp_path / "killed" / "run")
+    started.kill([1])
+    Started.start(3, trained, cache, tmp_path / "killed" / "run").results()
+    found = read(tmp_path / "killed" / "run")
+    assert len(found["progress"]["starts"]) == 2
+    assert_same(found, read(tmp_path / "straight" / "run"))
+
+
 def await_checkpoint(folder: Path) -> None:
     """Until there is one more step than there is now."""
     before, end = steps_of(folder), time.monotonic() + SECONDS

@@ -51,7 +51,9 @@ class Run:
         )
         head.update_in_backward(rows)
         optimizer = make_optimizer(network, None, recipe)
-        model = network if group is None else DistributedDataParallel(network)
+        # Without the option, DistributedDataParallel orders the gradients anew after the first step of a process, and
+        # three or more ranks then add them up in another order after a restart than without one.
+        model = network if group is None else DistributedDataParallel(network, find_unused_parameters=True)
         return cls(settings, group, network, model, head, optimizer, rows)
 
     @property
