@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo demo-million test test-all lint perf mutants clean
+.PHONY: demo demo-million demo-sharded test test-all lint perf mutants clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m examples.glyphs $(ARGS)
 
 demo-million: $(VENV)/demo.done
 	$(BIN)/python -m examples.million $(ARGS)
+
+# Two processes on this machine, each with half of the classes.
+RANKS ?= 2
+demo-sharded: $(VENV)/demo.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) \
+		-m examples.glyphs.sharded $(ARGS)
 
 # The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -86,14 +86,17 @@ class Run:
 CURVES = ("step", "seconds", "loss", "accuracy", "angle", "hardest_angle", "margin", "rate")
 
 
-def make_optimizer(network: nn.Module, head: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module, head: nn.Module | None, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser of the network and, unless it has an optimiser of its own, the head."""
     matrices = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
         {"params": others, "lr": recipe.lr, "weight_decay": 0.0},
-        {"params": list(head.parameters()), "lr": recipe.head_lr, "weight_decay": recipe.head_weight_decay},
     ]
+    if head is not None:
+        head_group = {"lr": recipe.head_lr, "weight_decay": recipe.head_weight_decay}
+        groups.append({"params": list(head.parameters()), **head_group})
     for group in groups:
         group["base_lr"] = group["lr"]
     if recipe.optimizer == "sgd":
