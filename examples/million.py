@@ -140,7 +140,8 @@ def write(out: Path, found: dict[str, object]) -> None:
     lines = [
         f"# {found['classes']:,} classes, D = {found['dim']}, float32, on one machine",
         "",
-        f"`make demo-million`, {found['date']}, {found['machine']}; N = {found['batch']}, ArcFace, inside backward.",
+        f"`make demo-million`, {found['date']}, {found['machine']}; N = {found['batch']}, ArcFace, RowSGD with "
+        "momentum inside backward.",
         "",
         f"- Weight and momentum are {found['weight and momentum, bytes'] / 1e9:.2f} GB; the process never held "
         f"more than {found['peak of the process, bytes'] / 1e9:.2f} GB, "
