@@ -86,7 +86,7 @@ def test_ranges_are_those_of_torch_chunk(classes: int, world: int, expected: lis
 
 @some_or_all
 @every_layout
-def test_13_ranks_equal_one_process(layout: str, names: tuple[str, ...]) -> None:
+def test_13_promise_same_result_for_any_world_size(layout: str, names: tuple[str, ...]) -> None:
     """Every objective and reduction, with and without smoothing; loss, statistics, dX, dW, db to 1e-12, and float32."""
     world, *rest = LAYOUTS[layout]
     on_ranks(world, one_step, names, *rest)
@@ -156,7 +156,7 @@ def float32_step(c: int, sizes: list[int]) -> None:
 
 @some_or_all
 @every_layout
-def test_13_twenty_steps_on_ranks_equal_one_process(layout: str, names: tuple[str, ...]) -> None:
+def test_13_promise_same_training_for_any_world_size(layout: str, names: tuple[str, ...]) -> None:
     """Sampled and full, mean and sum, with momentum, the update after backward and inside it: W to 1e-10."""
     world, *rest = LAYOUTS[layout]
     on_ranks(world, twenty_steps, names, *rest)
@@ -248,7 +248,7 @@ def backbones() -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_some_ranks_goes_on_with_others(tmp_path: Any) -> None:
+def test_promise_resume_on_a_different_world_size(tmp_path: Any) -> None:
     """Head, sampler and row optimiser, 3 ranks -> 2 -> 4 -> 1: weights bit for bit, and then the same steps."""
     for number, world in enumerate((3, 2, 4, 1)):
         on_ranks(world, goes_on, str(tmp_path), number)

@@ -396,7 +396,9 @@ def test_retained_classes_are_whole_chunks_or_all() -> None:
 @every_objective
 @every_kind
 @every_backend
-def test_chunks_and_retained_tiles_change_nothing(backend: str, kind: str, objective: str, dtype: torch.dtype) -> None:
+def test_promise_same_result_for_any_chunk_size_and_retained_tiles(
+    backend: str, kind: str, objective: str, dtype: torch.dtype
+) -> None:
     given = problem(6, 9, CLASSES, bias=kind == "raw rows").to(dtype)
     options = {"objective": objective, "reduction": "none", "backend": backend}
     expected = streamed(given, KINDS[kind], chunk_bytes=EVERYTHING, **options)
