@@ -154,8 +154,11 @@ def float32_step(c: int, sizes: list[int]) -> None:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@some_or_all
-@every_layout
+@pytest.mark.parametrize(("layout", "names"), [
+    ("three ranks, one without samples", ("ArcFace", "LSoftmax")),
+    ("four ranks, one without classes", ("ArcFace",)),
+    *(pytest.param(layout, tuple(MARGINS), marks=pytest.mark.slow) for layout in LAYOUTS),
+])  # fmt: skip
 def test_13_promise_same_training_for_any_world_size(layout: str, names: tuple[str, ...]) -> None:
     """Sampled and full, mean and sum, with momentum, the update after backward and inside it: W to 1e-10."""
     world, *rest = LAYOUTS[layout]

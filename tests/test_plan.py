@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,6 @@ for module in ("pandas", "matplotlib", "tabulate", "typer", "rich", "triton"):
     pytest.importorskip(module, reason=f"{module} is part of the perf extra: pip install -e '.[perf]'")
 
 import pandas as pd  # noqa: E402
-from click.testing import Result  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from perf import kernels, plan_check, planned, predicted, published  # noqa: E402
@@ -38,7 +38,7 @@ def costed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     predicted.parts.cache_clear()
 
 
-def call(*line: str) -> Result:
+def call(*line: str) -> Any:
     return CliRunner().invoke(app, list(line))
 
 
@@ -60,6 +60,7 @@ def test_the_formula_is_within_five_percent_of_a_measured_peak(head: Head) -> No
     assert memory(head, chunk_on_cpu(head)).peak == pytest.approx(got.peak, rel=plan_check.WITHIN)
 
 
+@pytest.mark.slow
 def test_the_formula_holds_on_every_rank() -> None:
     head = Head(30_000, 64, 64, ranks=2, rate=0.1)
     made = memory(head, chunk_on_cpu(head))
@@ -132,6 +133,7 @@ def test_more_machines_are_slower_to_exchange_and_what_is_longest_is_named() -> 
     assert one._replace(launches=9.0).total == 9.0 + one.optimizer + one.exchanges
 
 
+@pytest.mark.slow
 def test_the_model_of_the_kernels_is_the_audits() -> None:
     """The update in backward costs what its own kernel moves."""
     head = Head(1_000_000, 512, 128, ranks=8, compute_item=2, fused=True)

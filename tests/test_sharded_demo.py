@@ -220,6 +220,7 @@ def test_a_hundred_kills(cache: Path, straight: dict[str, Any], tmp_path: Path) 
     assert min(told["in a save"], told["in a step"], told["resumed"]) >= 5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_ranks(cache: Path, straight: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for world_size in (2, 3):
