@@ -400,9 +400,9 @@ class UpdatingStream(torch.autograd.Function):
                 "tritonmargin: a second backward through a loss whose weight was updated in its first one "
                 "(update_in_backward): the weight is no longer the one of the forward pass"
             )
-        ctx.done = True
         wanted = ctx.needs_input_grad[1:]
         update = ctx.updater.begin_in_backward(ctx.weight) if wanted[1] and is_trained(ctx.weight) else None
+        ctx.done = update is not None
         saved = ctx.saved_tensors
         arguments = backward_arguments(ctx, saved, grads, (wanted[0], update is not None, *wanted[2:]))
         grad_x, _, grad_bias = walk_back(*arguments[:-1], backend=arguments[-1], update=update)

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tritonmargin.kernels import KernelError
 from tritonmargin.kernels.tiles import Tiles, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
-from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, count_up, mixed, store_rounded
+from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed, store_rounded
 from tritonmargin.kernels.variants import (
     exp_term,
     hinge_slope_term,
@@ -500,12 +500,12 @@ def finish_rows(
     if isinstance(place, slice):
         # Rows in order need no numbers: the kernel is given them alone.
         rows, place, out = place, None, out[place]
-    changes, rule, seed = None, None, 0
+    changes, rule, seed, counted = None, None, 0, None
     where = place if rows is None else rows
     if update is not None and where is not None:
         steps = None
         if update.steps is not None:
-            counted = count_up(update.steps, where)
+            counted = update.steps[where] + 1
             steps = tuple(each.float() for each in corrections(counted, *update.numbers[:3]))
         state = update.state if rows is None else tuple(each[rows] for each in update.state)
         changes, rule = (update.numbers, state, steps), TRITON_RULES[update.rule]
@@ -518,5 +518,7 @@ def finish_rows(
         RULE=rule, STOCHASTIC=update is not None and update.seed is not None,
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
-    if update is not None:
+    if update is not None and where is not None:
         update.touched = True
+        if counted is not None and update.steps is not None:
+            update.steps[where] = counted  # not before the launch: a kernel that fails leads to another backend
