@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +9,13 @@ import pandas as pd
 import torch
 import typer
 
-from perf import audit as audits
-from perf import machine, memory, plan_cli, profiling, rates, report, timing
-from perf.problem import Problem
-from perf.providers import discover
-from perf.tables import STEP, Table, tables
-from perf.terminal import Out, boxed, console, saying
+from perf import compare as compares
+from perf import grid, machine, plan_cli, profiling, results
+from perf import run as runs
+from perf.problem import LOSSES, Problem
+from perf.providers import discover, split
+from perf.providers.base import MODES
+from perf.terminal import OUT, Out, Reports, bar, boxed, console, saying
 
 app = typer.Typer(
     help="Speed and memory of tritonmargin beside other code.", no_args_is_help=True, add_completion=False
@@ -28,69 +27,151 @@ N = Annotated[int, typer.Option("--n", min=1, help="samples")]
 D = Annotated[int, typer.Option("--d", min=1, help="width of embeddings")]
 C = Annotated[int, typer.Option("--c", min=1, help="classes")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ...")]
-AUDIT = "audit"
+
+
+def numbers(text: str | None) -> tuple[int, ...]:
+    """`1e4,1e6` as whole numbers."""
+    return tuple(plan_cli.number(part) for part in words(text))
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
 
 
 @app.command()
 def run(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer repeats and sizes: minutes on two cores")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: minutes on two cores")] = False,
+    full: Annotated[bool, typer.Option("--full", help="every size and provider: about an hour on two cores")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="one table; may be given several times")] = None,
-    out: Out = Path("reports"),
+    classes: Annotated[str | None, typer.Option(help="instead of the sizes above, e.g. 1e4,1e6")] = None,
+    dim: Annotated[str, typer.Option(help="widths of the embeddings, e.g. 128,512")] = "512",
+    batch: Annotated[str, typer.Option(help="samples, e.g. 32,256")] = "256",
+    dtype: Annotated[str, typer.Option(help="among fp32, bf16, fp16")] = "fp32",
+    losses: Annotated[str, typer.Option(help=f"among {', '.join(LOSSES)}")] = "arcface",
+    providers: Annotated[str, typer.Option(help="see `python -m perf providers`")] = ",".join(grid.EVERYONE),
+    modes: Annotated[str, typer.Option(help=f"among {', '.join(MODES)}")] = ",".join(grid.COMMON),
+    longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step")] = None,
+    out: Out = OUT,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the folder holds already")] = False,
     threads: Threads = None,
     device: Device = "cpu",
-    profile: Annotated[bool, typer.Option("--profile", help="also write profile_<row>.txt of our steps")] = False,
 ) -> None:
-    """Measure every table, write CSVs, plots and perf.md, and print the tables."""
-    scale = "tiny" if tiny else "quick" if quick else "full"
-    chosen = tables(scale, device)
-    names = only or [*chosen, AUDIT]
-    for name in names:
-        if name not in (*chosen, AUDIT):
-            raise typer.BadParameter(f"no table {name!r}; there are {', '.join([*chosen, AUDIT])}", param_hint="--only")
+    """Measure, write CSVs and the page. Stopped at any moment, it goes on where it was when it is called again."""
+    name = "tiny" if tiny else "quick" if quick else "full" if full else "default"
+    plan = grid.PLANS[name]
+    try:
+        if classes:
+            chosen = grid.Grid(
+                numbers(classes), numbers(dim), numbers(batch),
+                tuple(grid.DTYPES.get(each, each) for each in words(dtype)), words(losses), words(providers),
+                words(modes),
+            )  # fmt: skip
+            for each in chosen.providers:
+                split(each)
+            plan = plan._replace(grids=(chosen,))
+        if longest is not None:
+            plan = plan._replace(budget=plan.budget._replace(longest=longest))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if device != "cpu":
+        plan = plan.on(device)
     if threads:
         torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    facts = machine.describe(device) | {"scale": scale}
+    facts = machine.describe(device) | {"plan": name}
     console.print(machine.one_line(facts), highlight=False)
     if facts["load_before"] and facts["load_before"] > 0.5:
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
     for file, why in discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
+    stopped = False
+    with bar() as progress:
+        try:
+            runs.go(plan, out, facts, fresh, progress)
+        except KeyboardInterrupt:
+            stopped = True
+    written(out, "stopped; the same command goes on from here. " if stopped else "")
+    raise typer.Exit(130 if stopped else 0)
 
-    for name in names:
-        begin = time.perf_counter()
-        with saying() as say:
-            frame = audit_all(chosen, out, say, hasty=tiny) if name == AUDIT else measured(chosen[name], say)
-        frame.to_csv(out / f"{name}.csv", index=False)
-        known = report.facts(out) | {name: facts | {"seconds": round(time.perf_counter() - begin, 1)}}
-        (out / "machine.json").write_text(json.dumps(known, indent=1) + "\n")
-        show(name, report.load(out)[name])
-        if profile and name != AUDIT and not chosen[name].memory:
-            for path in profiling.write_profiles(chosen[name].rows, out):
-                console.print(f"wrote {path}", highlight=False)
-    frames = report.load(out)
-    console.print(f"\nwrote {report.write(out, frames)}: {report.verdict(frames)}", highlight=False)
+
+def written(out: Path, before: str = "") -> None:
+    """Write the page of a folder and print its headline."""
+    from perf import report  # matplotlib takes a second to import
+
+    found = results.load(out)
+    if found.rows.empty:
+        raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
+    path = report.write(out, found)
+    for heading, frame in report.on_terminal(found):
+        boxed(frame, heading)
+    console.print(f"{before}wrote {path}", highlight=False)
 
 
 @app.command("report")
-def report_command(
-    out: Out = Path("reports"),
-    markdown: Annotated[bool, typer.Option("--markdown", help="only print the tables that a README needs")] = False,
+def report_command(out: Out = OUT) -> None:
+    """Write the page and its pictures again from the CSVs."""
+    written(out)
+
+
+@app.command("providers")
+def providers_command() -> None:
+    """Who is compared."""
+    found, skipped = discover()
+    lines = [
+        {"": kind.name, "what": kind.title, "losses": ", ".join(kind.losses) or "none", "work": kind.work,
+         "options": ", ".join(f"{name}={value}" for name, value in kind.options.items())}
+        for kind in found.values()
+    ]  # fmt: skip
+    boxed(pd.DataFrame(lines), "providers")
+    for file, why in skipped.items():
+        console.print(f"[yellow]skipped {file}: {why}")
+
+
+@app.command("compare")
+def compare_command(
+    before: Annotated[Path, typer.Argument(help="folder of a run")],
+    after: Annotated[Path, typer.Argument(help="folder of another run of the same cases")],
+    threshold: Annotated[float, typer.Option(min=0, help="what counts as slower, if it is more than the noise")] = 0.1,
 ) -> None:
-    """Render perf.md and the plots again from the CSVs."""
-    frames = report.load(out)
-    if not frames:
-        raise typer.BadParameter(f"no CSVs in {out}; `python -m perf run` writes them", param_hint="--out")
-    if markdown:
-        typer.echo(report.short(frames, report.facts(out)))
+    """Is the second run slower, larger or less exact? Exits with 1 if a row of ours is, or ours as a whole."""
+    for folder in (before, after):
+        if not (folder / "results.csv").exists():
+            raise typer.BadParameter(f"no results.csv in {folder}")
+    found = compares.compare(results.load(before), results.load(after), threshold)
+    if found.empty:
+        raise typer.BadParameter("the two have no measured case in common")
+    said = found[found["verdict"] != ""]
+    if len(said):
+        shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
+        boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
+    bad = compares.regressions(found, threshold)
+    console.print(f"{len(found)} cases compared, {len(said)} changed. {compares.words(found)}", highlight=False)
+    for line in bad:
+        console.print(f"[red]{line}", highlight=False)
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command("check")
+def check_command(
+    update: Annotated[bool, typer.Option("--update", help="write the counts as the new ones")] = False,
+) -> None:
+    """Count flops, passes over elements and allocations of our steps, and compare them with the committed ones."""
+    from perf import check
+
+    found = check.counts()
+    if update:
+        check.write(found)
+        console.print(f"wrote {check.PATH.name}", highlight=False)
         return
-    typer.echo(f"wrote {report.write(out, frames)}: {report.verdict(frames)}")
+    said = check.grown(check.committed(), found)
+    for line in said:
+        console.print(f"[red]{line}", highlight=False)
+    console.print(f"{len(found)} steps counted: {'no more work than before' if not said else 'more work than before'}")
+    raise typer.Exit(1 if said else 0)
 
 
 @app.command("audit")
 def audit_command(
-    out: Out = Path("reports"),
+    out: Reports = Path("reports"),
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32; default: all")] = None,
     width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
@@ -132,7 +213,7 @@ def tune_command(
 
 
 @app.command("counted")
-def counted_command(out: Out = Path("reports")) -> None:
+def counted_command(out: Reports = Path("reports")) -> None:
     """Execute our kernels and Liger-Kernel's on the CPU and count what they load, store and multiply."""
     from perf import counted
 
@@ -145,7 +226,7 @@ def counted_command(out: Out = Path("reports")) -> None:
 
 @app.command("sampled")
 def sampled_command(
-    out: Out = Path("reports"),
+    out: Reports = Path("reports"),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
 ) -> None:
@@ -193,54 +274,29 @@ def roofline_command(
     threads: Threads = None,
     device: Device = "cpu",
     rounds: Annotated[int, typer.Option(min=0, help="steps to time beside the prediction; 0: none")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="also write the parts and the profiler's tables of our steps")
+    ] = None,
 ) -> None:
     """Count flops, elements and bytes of a step, and say what bounds it on this machine."""
+    from perf import roofline
+
     if threads:
         torch.set_num_threads(threads)
     problem = Problem(n, d, c, dtype, device)
     with saying() as say:
-        taken = audits.measure(problem, rounds, say) if rounds else {}
-        say("audit: rates of this machine")
-        frame = audits.audit(problem, taken)
+        taken = roofline.measure(problem, rounds, torch.get_num_threads(), say) if rounds else {}
+        say("rates of this machine")
+        frame = roofline.audit(problem, taken)
     for (provider, mode), parts in frame.groupby(["provider", "mode"], sort=False):
-        boxed(report.audit_parts(parts), f"{provider}, {mode}")
-    show(AUDIT, frame)
+        boxed(roofline.parts_table(parts), f"{provider}, {mode}")
+    boxed(roofline.table(frame), f"what bounds the rows: {problem.title}")
+    if out:
+        for path in profiling.write_profiles(problem, out):
+            console.print(f"wrote {path}", highlight=False)
+        frame.to_csv(out / f"roofline_{dtype}_N{n}_D{d}_C{c}.csv", index=False, float_format="%.6g")
 
 
 app.command("plan")(plan_cli.plan_command)
 app.command("plan-table")(plan_cli.plan_table_command)
 app.command("scale-check")(plan_cli.scale_check_command)
-
-# -- what the commands are made of -------------------------------------------------------------------------------
-
-
-def measured(table: Table, say: timing.Say) -> pd.DataFrame:
-    return memory.measure(table, say) if table.memory else timing.measure(table, say)
-
-
-def audit_all(chosen: dict[str, Table], out: Path, say: timing.Say, hasty: bool = False) -> pd.DataFrame:
-    """The audit at every size of the fp32 and bf16 tables, with the times that these tables hold."""
-    frames = []
-    for name in ("fp32", "bf16"):
-        path = out / f"{name}.csv"
-        times = pd.read_csv(path) if path.exists() else pd.DataFrame()
-        for problem in dict.fromkeys(row.problem for row in chosen[name].rows if row.mode == STEP):
-            say(f"audit: {problem.title}")
-            speed = rates.measure(problem, 0.01, 1 << 22) if hasty else rates.measure(problem)
-            frames.append(audits.audit(problem, audits.medians(times, problem), speed))
-    return pd.concat(frames)
-
-
-def show(name: str, frame: pd.DataFrame) -> None:
-    """One table on the terminal."""
-    if name == AUDIT:
-        for size, rows in frame.groupby(report.SIZE, sort=False):
-            table = report.audit_table(rows)[["row", "roofline, ms", "predicted, ms", "measured, ms", "bound by"]]
-            boxed(table, f"what bounds the rows: {report.heading(size)}")
-        return
-    wide = name in ("memory", "linear")
-    render = {"memory": report.memory_table, "linear": report.linear_table}.get(name, report.speed_table)
-    for size, rows in frame.groupby(["dtype", "N", "D"] if wide else report.SIZE, sort=False):
-        boxed(render(rows), f"{name}: {report.heading(size)}")
-        for line in report.left_out(rows):
-            console.print(line, style="yellow", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from perf.problem import Problem
-from perf.tables import STEP
+from perf.providers.base import STEP
 
 
 class Rate(NamedTuple):

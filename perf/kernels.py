@@ -294,10 +294,10 @@ def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "kernels.csv", index=False)
     predicted.to_csv(out / "kernels_predicted.csv", index=False)
-    from perf import plots
+    from perf import kernel_plots
 
-    plots.write(plots.cycles(frame), out / "kernels_cycles.png")
-    plots.write(plots.rooflines(frame), out / "kernels_roofline.png")
+    kernel_plots.write(kernel_plots.cycles(frame), out / "kernels_cycles.png")
+    kernel_plots.write(kernel_plots.rooflines(frame), out / "kernels_roofline.png")
     rules = budgets(frame)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == D)]
     columns = ["target", "kernel", "block", "warps", "stages", "registers", "spills", "shared_memory", "blocks",

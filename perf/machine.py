@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = Path("/sys/devices/system/cpu")
 
 
@@ -24,6 +28,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "huge_pages": first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "torch": torch.__version__,
+        "versions": versions(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.system(),
@@ -33,6 +39,36 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
+
+
+def versions() -> dict[str, str]:
+    """Of everything that is compared."""
+    found = {}
+    for name in (
+        "tritonmargin",
+        "triton",
+        "pytorch-metric-learning",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "quack-kernels",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """Of this repository, with a + if files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "tritonmargin", "perf")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def cpu_model() -> str:
@@ -74,4 +110,5 @@ def one_line(facts: dict[str, Any]) -> str:
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['instruction_set']}"
     last = [f"{name} {size}" for name, size in facts["caches"].items() if name.startswith("L3")]
     parts = [where, *last, f"{facts['memory_gib']} GiB", f"torch {facts['torch']}", f"{facts['threads']} threads"]
-    return ", ".join(parts) + f"; {facts['date']}, load before the run {facts['load_before']}"
+    at = f", commit {facts['commit']}" if facts.get("commit") else ""
+    return ", ".join(parts) + f"; {facts['date']}{at}, load before the run {facts['load_before']}"

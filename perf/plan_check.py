@@ -22,7 +22,7 @@ import torch.distributed as dist
 import tritonmargin as tm
 from perf.memory import allocations, peak_without, resident_growth
 from perf.scale import Head, chunk_on_cpu, memory
-from perf.timing import Say
+from perf.terminal import Say
 
 WITHIN = 0.05
 SECONDS = 300.0

@@ -9,10 +9,9 @@ import pandas as pd
 import typer
 
 from perf import plan as plans
-from perf import report
 from perf.problem import Problem
 from perf.scale import ITEMS, STATES, Head
-from perf.terminal import Out, boxed, console, saying
+from perf.terminal import Reports, boxed, console, digits, saying
 
 
 def number(text: str | int) -> int:
@@ -72,7 +71,7 @@ def plan_command(
     show_plan(head, gpu or "h100", memory_mb)
 
 
-def scale_check_command(out: Out = Path("reports")) -> None:
+def scale_check_command(out: Reports = Path("reports")) -> None:
     """Hold the memory formula of `plan --gpus` to peaks measured here, in fresh processes with gloo; minutes."""
     from perf import plan_check
 
@@ -84,7 +83,7 @@ def scale_check_command(out: Out = Path("reports")) -> None:
     raise typer.Exit(0 if plan_check.holds(frame) else 1)
 
 
-def plan_table_command(out: Out = Path("reports")) -> None:
+def plan_table_command(out: Reports = Path("reports")) -> None:
     """Plan 1, 10, 29 and 100 million classes on 8 GPUs, beside insightface's published numbers."""
     from perf import published
 
@@ -124,8 +123,8 @@ def plan_table(made: plans.Plan, memory_mb: float | None) -> pd.DataFrame:
         for name, extra in rows.items()
     }
     return pd.DataFrame([
-        {"": name, "W, MB": report.digits(made.weight / 1e6), "gradient of W": report.digits(made.gradient / 1e6),
-         "inputs": report.digits(made.inputs / 1e6), "beyond": report.digits(extra / 1e6),
-         "in all": report.digits((made.fixed + extra) / 1e6), "fits": fits[name]}
+        {"": name, "W, MB": digits(made.weight / 1e6), "gradient of W": digits(made.gradient / 1e6),
+         "inputs": digits(made.inputs / 1e6), "beyond": digits(extra / 1e6),
+         "in all": digits((made.fixed + extra) / 1e6), "fits": fits[name]}
         for name, extra in rows.items()
     ])  # fmt: skip

@@ -1,241 +1,258 @@
-"""The page and its tables, from the CSVs alone."""
+"""The page of a run: one HTML file with everything in it, a summary in Markdown, and the pictures as files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 
-from perf import audit, machine
-from perf.bounds import NAMES, check, derive
-from perf.tables import tables
+from perf import machine, plots
+from perf.findings import Findings, find, megabytes, seconds, sentence, size_words
+from perf.results import COLUMNS, Results
+from perf.terminal import digits
 
-SIZE = ["dtype", "N", "D", "C"]
-METHOD = """
-Rows of a table are timed in one process, round after round (A B C A B C ...), after a warm-up in which their losses are
-compared. A time is the median over the rounds, with its quartiles; a ratio is the median of the ratios within a round.
-"GEMM" is one product N x D by D x C into a buffer that exists, in the same dtype. Gradients are dropped before each
-step and outside its time, so a step pays for the memory of the gradient it makes. "(no margin)" rows compute less:
-nothing is normalised. "x ours" divides them by `tm.linear_cross_entropy`, all others by `tm.margin_cross_entropy`.
-"""
-MEMORY = """
-Peak of one forward and backward beyond W, its gradient and the inputs, in a process of its own, 1 MB = 10^6 bytes.
-"MB" is torch.profiler's record of allocations, the gradient of W taken out from the moment it exists. "MB (rss)" is the
-growth of the resident set (VmHWM over VmRSS before) minus the gradient's size, which understates rows whose peak comes
-before their gradient. D = 128 at C = 10^6: W and its gradient are 512 MB each there.
-"""
-LINEAR = (
-    "Time per class, and how it compares with C = 10^5 in the same run. D = 128, so that C = 10^6 fits small machines."
-)
-AUDIT = """
-Formulas (`perf/counts.py`) give flops, elements and bytes of a step; each divided by the rate that this machine reaches
-in such work at the chunk's shapes (`perf/rates.py`), and summed, is the prediction. The roofline is the larger of
-products and memory traffic alone.
-"""
+TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 
 
-def load(out: Path) -> dict[str, pd.DataFrame]:
-    """The tables found in `out`, in the order of the page."""
-    found = {}
-    for name in [*tables("full"), "audit"]:
-        path = out / f"{name}.csv"
-        if path.exists():
-            frame = pd.read_csv(path, keep_default_na=True)
-            found[name] = frame if name == "audit" else check(derive(frame))
-    return found
-
-
-def page(frames: dict[str, pd.DataFrame], facts: dict[str, Any]) -> str:
-    """The whole report in Markdown."""
-    parts = ["# Speed and memory", *machines(facts), verdict(frames)]
-    titles = {name: table.title for name, table in tables("full").items()}
-    notes = {"memory": MEMORY, "linear": LINEAR, "audit": AUDIT}
-    pictures = {"memory": "memory.png", "linear": "linear.png", "fp32": "speed.png"}
-    parts.append(METHOD.strip())
-    for name, frame in frames.items():
-        parts.append(f"## {titles.get(name, 'What bounds the rows')}")
-        if name in notes:
-            parts.append(notes[name].strip())
-        if name in pictures:
-            parts.append(f"![{name}]({pictures[name]})")
-        if name == "audit":
-            parts.append(markdown(audit_table(frame)))
+def write(out: Path, results: Results) -> Path:
+    """`index.html`, `summary.md` and a PNG per picture; the page's path."""
+    found = find(results)
+    drawn = []
+    for picture in plots.PICTURES:
+        image = plots.png(picture, found)
+        if image is None:
             continue
-        show = {"memory": memory_table, "linear": linear_table}.get(name, speed_table)
-        for size, rows in frame.groupby(
-            [*SIZE] if name not in ("memory", "linear") else ["dtype", "N", "D"], sort=False
-        ):
-            parts += [f"### {heading(size)}", markdown(show(rows)), *left_out(rows)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def short(frames: dict[str, pd.DataFrame], facts: dict[str, Any]) -> str:
-    """The tables that a README needs: whole steps and the forward at N = 256, and memory."""
-    parts = []
-    for name in ("fp32", "bf16"):
-        if name in frames:
-            frame = frames[name]
-            rows = frame[(frame["N"] == frame["N"].max()) & (frame["mode"] != "no-grad") | (frame["bound"] != "")]
-            for size, chosen in rows.groupby(SIZE, sort=False):
-                parts += [f"{heading(size)}:", markdown(speed_table(chosen, brief=True))]
-    if "memory" in frames:
-        for size, rows in frames["memory"].groupby(["dtype", "N", "D"], sort=False):
-            parts += [
-                f"Peak memory beyond W, its gradient and the inputs, {heading(size)}:",
-                markdown(memory_table(rows)),
-            ]
-    if "linear" in frames:
-        rows = frames["linear"]
-        parts += [f"Time against C, {heading(tuple(rows[['dtype', 'N', 'D']].iloc[0]))}:", markdown(linear_table(rows))]
-    return "\n\n".join([*parts, *machines(facts)])
-
-
-def write(out: Path, frames: dict[str, pd.DataFrame]) -> Path:
-    """`perf.md` and the pictures."""
-    from perf import plots  # matplotlib takes a second to import
-
-    path = out / "perf.md"
-    path.write_text(page(frames, facts(out)))
-    plots.draw(frames, out)
+        (out / f"{picture.name}.png").write_bytes(image)
+        drawn.append({
+            "name": picture.name, "title": picture.title, "alt": picture.alt,
+            "light": plots.svg(picture, found, dark=False), "dark": plots.svg(picture, found, dark=True),
+        })  # fmt: skip
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals["zip"] = zip
+    environment.filters.update(seconds=seconds, megabytes=megabytes, digits=digits)
+    page = environment.from_string(TEMPLATE.read_text()).render(**content(found, results), pictures=drawn)
+    path = out / "index.html"
+    path.write_text(page)
+    (out / "summary.md").write_text(summary(found, results, [picture["name"] for picture in drawn]))
     return path
 
 
-def facts(out: Path) -> dict[str, Any]:
-    """`machine.json`: what each table was measured on."""
-    path = out / "machine.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-# -- tables ------------------------------------------------------------------------------------------------------
-
-
-def speed_table(frame: pd.DataFrame, brief: bool = False) -> pd.DataFrame:
-    rows = frame[frame["samples"] > 0]
-    shown = {
-        "": rows["title"],
-        "mode": rows["mode"].where(rows["provider"] != "gemm", ""),
-        "ms": (rows["median_s"] * 1e3).map(digits),
+def content(found: Findings, results: Results) -> dict[str, Any]:
+    """What the template shows."""
+    return {
+        "sentence": sentence(found),
+        "noise": noise_words(found),
+        "headline": found.headline.to_dict("records"),
+        "behind": behind(found),
+        "tables": [
+            ("What was promised", promised_table(found)),
+            ("Which setting should I use?", settings_table(found)),
+            ("How the cost grows: time = a + b N C D", growth_table(found)),
+        ],
+        "wrong": [f"{row.title} ({row.loss}, {row.dtype}): {row.wrong}" for row in found.wrong.itertuples()],
+        "all": full_table(found),
+        "failed": failed_table(found),
+        "machines": machines(results),
+        "ceilings": ceilings_table(results),
+        "schema": COLUMNS,
+        "checked": checked_words(found),
     }
-    if not brief:
-        shown["quartiles"] = [
-            f"{digits(a * 1e3)} - {digits(b * 1e3)}" for a, b in zip(rows["q25"], rows["q75"], strict=True)
-        ]
-    shown |= {"x GEMM": rows["ratio_to_gemm"].map(digits), "x ours": others(rows, "times_ours")}
-    if not brief:
-        shown["samples"] = rows["samples"].astype(int).astype(str)
-    return pd.DataFrame(shown | {"bound": rows["bound"], "met": rows["met"]})
 
 
-def others(rows: pd.DataFrame, column: str) -> pd.Series:
-    """Ours divided by itself says nothing."""
-    if column not in rows:
-        return pd.Series("", index=rows.index)
-    return rows[column].map(digits).where(~rows["provider"].str.startswith("ours"), "")
-
-
-def memory_table(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = frame[frame["beyond_profiler_mb"].notna()]
-    return pd.DataFrame({
-        "": rows["title"], "mode": rows["mode"], "C": rows["C"].map("{:,}".format),
-        NAMES["beyond_profiler_mb"]: rows["beyond_profiler_mb"].map(digits),
-        NAMES["beyond_rss_mb"]: rows["beyond_rss_mb"].map(digits),
-        "W": rows["weight_mb"].map(digits), "one N x C": rows["logits_mb"].map(digits),
-        "bound": rows["bound"], "met": rows["met"],
-    })  # fmt: skip
-
-
-def linear_table(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = frame[frame["samples"] > 0]
-    return pd.DataFrame({
-        "": rows["title"], "mode": rows["mode"].where(rows["provider"] != "gemm", ""),
-        "C": rows["C"].map("{:,}".format), "ms": (rows["median_s"] * 1e3).map(digits),
-        "ns a class": (rows["median_s"] / rows["C"] * 1e9).map(digits),
-        "/ that at C=10^5": rows["per_class"].map(digits),
-        "x GEMM": rows["ratio_to_gemm"].map(digits), "bound": rows["bound"], "met": rows["met"],
-    })  # fmt: skip
-
-
-def audit_table(frame: pd.DataFrame) -> pd.DataFrame:
-    rows = audit.summary(frame)
-    percent = {name: rows[name].map("{:.0%}".format) for name in rows if name.startswith("share of ")}
-    ms = {name: (rows[f"{name}_s"] * 1e3).map(digits) for name in ("roofline", "predicted", "measured")}
-    return pd.DataFrame({
-        "row": rows["provider"] + ", " + rows["mode"],
-        "size": [heading(size) for size in rows[SIZE].itertuples(index=False)],
-        **{name: rows[name].map(digits) for name in ("GFLOP", "G elements", "GB")},  # counted
-        **{f"{name}, ms": value for name, value in ms.items()},
-        "measured / predicted": rows["measured / predicted"].map(digits),
-        **{name.removeprefix("share of "): value for name, value in percent.items()},
-        "bound by": rows["bound by"],
-    })  # fmt: skip
-
-
-def audit_parts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every part of one audited row."""
-    scale = {"flop": (1e9, "GFLOP"), "element": (1e6, "M elements"), "byte": (1e6, "MB")}
-    amount = [f"{digits(a / scale[u][0])} {scale[u][1]}" for a, u in zip(frame["amount"], frame["unit"], strict=True)]
-    rate = [
-        f"{digits(a / scale[u][0])} {scale[u][1]}/s" for a, u in zip(frame["per_second"], frame["unit"], strict=True)
-    ]
-    share = frame["seconds"] / frame["seconds"].sum()
-    return pd.DataFrame({
-        "part": frame["part"], "amount": amount, "rate": rate, "ms": (frame["seconds"] * 1e3).map(digits),
-        "share": share.map("{:.0%}".format),
-    })  # fmt: skip
-
-
-# -- words -------------------------------------------------------------------------------------------------------
-
-
-def verdict(frames: dict[str, pd.DataFrame]) -> str:
-    """Whether the bounds hold, in a sentence."""
-    checked = [frame for name, frame in frames.items() if name != "audit"]
-    answers = [answer for frame in checked for cell in frame["met"] for answer in cell.split("; ") if answer]
-    if not answers:
-        return "No row was measured at a size with a stated bound."
-    return f"{answers.count('yes')} of {len(answers)} stated bounds are met."
-
-
-def left_out(rows: pd.DataFrame) -> list[str]:
-    """The rows that could not run, with the reason."""
-    if "note" not in rows:
-        return []
-    noted = rows[rows["note"].notna() & (rows["note"] != "")].drop_duplicates(["provider", "note"])
+def noise_words(found: Findings) -> str:
+    if found.noise != found.noise:
+        return "The noise was not measured."
     return (
-        ["Not measured: " + "; ".join(f"{row.title}: {row.note}" for row in noted.itertuples()) + "."]
-        if len(noted)
-        else []
+        f"Noise: the yardstick against itself in the same rounds differs by {100 * found.noise:.1f} % at the typical "
+        "size. A difference counts from three times that and the spread of the row itself on."
     )
 
 
-def machines(facts: dict[str, Any]) -> list[str]:
-    """One line for all tables, or one for each machine they were measured on."""
-    lines: dict[str, list[str]] = {}
-    for table, where in facts.items():
-        lines.setdefault(machine.one_line(where) + f"; {where['scale']} sizes", []).append(table)
-    if len(lines) == 1:
-        return [f"Measured on: {next(iter(lines))}."]
-    return [f"{', '.join(names)}: measured on {line}." for line, names in lines.items()]
-
-
-def heading(size: tuple[Any, ...]) -> str:
-    names = ("", "N=", "D=", "C=")
-    return ", ".join(
-        f"{name}{value:,}" if name == "C=" else f"{name}{value}" for name, value in zip(names, size, strict=False)
+def checked_words(found: Findings) -> str:
+    checked = found.rows[found.rows["error_dx"].notna()].drop_duplicates(["provider", "loss", "dtype", "D"])
+    wrong = checked[checked["wrong"] != ""]
+    right = (
+        f"{len(checked) - len(wrong)} of {len(checked)} combinations of code, loss, dtype and width agree with float64"
     )
+    return f"{right}." if wrong.empty else f"{right}; the others are not ranked."
 
 
-def digits(value: float) -> str:
-    """Three digits, or all before the point."""
-    if pd.isna(value):
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def behind(found: Findings) -> list[dict[str, Any]]:
+    """Who is faster than ours, a line per code, loss, dtype and mode: how often, and by how much."""
+    lines = []
+    for (title, loss, dtype, mode), part in found.behind.groupby(["title", "loss", "dtype", "mode"], sort=False):
+        worst = part.loc[part["times_ours"].idxmin()]
+        ours = found.rows[
+            (found.rows["provider"] == ("ours" if worst["work"] == "all classes" else "ours-sampled"))
+            & (
+                found.rows[["loss", "dtype", "N", "D", "C", "mode"]] == worst[["loss", "dtype", "N", "D", "C", "mode"]]
+            ).all(axis=1)
+        ]
+        mb = ours["beyond_mb"].iloc[0] if len(ours) else float("nan")
+        lines.append({
+            "title": title, "loss": loss, "dtype": dtype, "mode": mode, "sizes": len(part),
+            "times": 1.0 / worst["times_ours"], "where": size_words(worst.to_dict()),
+            "mb": worst["beyond_mb"], "ours_mb": mb,
+        })  # fmt: skip
+    return sorted(lines, key=lambda line: -line["times"])
+
+
+# -- tables of words ---------------------------------------------------------------------------------------------
+
+
+def promised_table(found: Findings) -> pd.DataFrame:
+    if found.promised.empty:
+        return pd.DataFrame()
+    return pd.DataFrame([
+        {"": row.title, "mode": row.mode, "size": size_words(row._asdict()), "promised": row.promised,
+         "found": digits(row.found), "met": "yes" if row.met else "NO"}
+        for row in found.promised.itertuples()
+    ])  # fmt: skip
+
+
+def settings_table(found: Findings) -> pd.DataFrame:
+    if found.settings.empty:
+        return pd.DataFrame()
+    return pd.DataFrame([
+        {
+            "size": size_words(row), "fastest, exact": row["fastest"], "time": seconds(row["fastest_s"]),
+            "memory": megabytes(row["fastest_mb"]), "least memory, exact": row["smallest"],
+            "its time": seconds(row["smallest_s"]), "its memory": megabytes(row["smallest_mb"]),
+            "a tenth of the classes": seconds(row["sampled_s"]),
+        }
+        for row in found.settings.to_dict("records")
+    ])  # fmt: skip
+
+
+def growth_table(found: Findings) -> pd.DataFrame:
+    if found.growth.empty:
+        return pd.DataFrame()
+    return pd.DataFrame([
+        {"": row.title, "dtype": row.dtype, "a, ms": digits(row.a_ms), "b, ps": digits(row.b_ps),
+         "sizes": str(row.sizes), "typical error": f"{row.typical_error:.0%}"}
+        for row in found.growth.itertuples()
+    ])  # fmt: skip
+
+
+def full_table(found: Findings) -> list[tuple[str, pd.DataFrame]]:
+    """All measured rows, a table per size."""
+    tables = []
+    rows = found.rows[found.rows["samples"] > 0]
+    for size, part in rows.groupby(["loss", "dtype", "N", "D", "C"], sort=False):
+        loss, dtype, n, d, c = size
+        tables.append((f"{loss}, {dtype}, N={n}, D={d}, C={c:,}", pd.DataFrame({
+            "": part["title"], "mode": part["mode"], "median": part["median_s"].map(seconds),
+            "quartiles": [f"{seconds(a)} to {seconds(b)}" for a, b in zip(part["q25_s"], part["q75_s"], strict=True)],
+            "samples": part["samples"].astype(int).astype(str), "GEMMs": part["x_gemm"].map(digits),
+            "times ours": part["times_ours"].map(digits), "noise": part["band"].map("{:.0%}".format),
+            "of the limit": part["fraction"].map(lambda value: "" if pd.isna(value) else f"{value:.0%}"),
+            "peak": part["peak_mb"].map(megabytes), "without dW": part["beyond_mb"].map(megabytes),
+            "said": part["wrong"].where(part["wrong"] != "", part["note"]),
+        })))  # fmt: skip
+    return tables
+
+
+def failed_table(found: Findings) -> pd.DataFrame:
+    rows = found.failed
+    if rows.empty:
+        return pd.DataFrame()
+    lines = []
+    for (title, note), part in rows.groupby(["title", "note"], sort=False):
+        sizes = list(dict.fromkeys(size_words(row) for row in part.to_dict("records")))
+        more = f" and {len(sizes) - 2} more" if len(sizes) > 2 else ""
+        lines.append({"": title, "why": note, "cases": str(len(part)), "where": "; ".join(sizes[:2]) + more})
+    return pd.DataFrame(lines)
+
+
+def ceilings_table(results: Results) -> pd.DataFrame:
+    scale = {"flop": (1e9, "GFLOP/s"), "element": (1e9, "G elements/s"), "byte": (1e9, "GB/s")}
+    return pd.DataFrame([
+        {"": f"{row.kind} {row.dtype}".strip() if isinstance(row.dtype, str) else row.kind,
+         "at best": f"{digits(row.per_second / scale[row.unit][0])} {scale[row.unit][1]}", "run": str(row.run)}
+        for row in results.ceilings.itertuples()
+    ])  # fmt: skip
+
+
+def machines(results: Results) -> list[str]:
+    """A line per run that rows are from."""
+    used = set(results.rows["run"].astype(str))
+    lines = []
+    for number, facts in results.runs.items():
+        if number in used:
+            versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+            took = f", {facts['seconds'] / 60:.0f} minutes" if "seconds" in facts else ""
+            plan = f"plan {facts['plan']} ({facts['budget']}){took}"
+            lines.append(f"Run {number}: {machine.one_line(facts)}; {plan}; {versions}.")
+    return lines
+
+
+# -- elsewhere ---------------------------------------------------------------------------------------------------
+
+
+def on_terminal(results: Results) -> list[tuple[str, pd.DataFrame]]:
+    """The first screen, for a terminal."""
+    found = find(results)
+    tables = []
+    if len(found.headline):
+        tables.append((sentence(found), headline_table(found)))
+    promised = promised_table(found)
+    if len(promised):
+        tables.append(("what was promised", promised))
+    return tables
+
+
+def headline_table(found: Findings) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"size": size_words(row), "ours": seconds(row["ours_s"]), "GEMMs": digits(row["x_gemm"]),
+         "of the limit": "" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%}",
+         "fastest other": row["other"], "its time": seconds(row["other_s"]), "times ours": digits(row["times"]),
+         "ours, memory": megabytes(row["ours_mb"]), "its memory": megabytes(row["other_mb"])}
+        for row in found.headline.to_dict("records")
+    ])  # fmt: skip
+
+
+def summary(found: Findings, results: Results, pictures: list[str]) -> str:
+    """The same in Markdown, without the long tables."""
+    parts = ["# Speed and memory", sentence(found), noise_words(found), checked_words(found)]
+    if len(found.headline):
+        parts += ["ArcFace, forward and backward; memory is beyond W, its gradient and the inputs.",
+                  markdown(headline_table(found))]  # fmt: skip
+    slower = behind(found)
+    if slower:
+        parts.append("## Where ours is not ahead")
+        parts.append("\n".join(f"- {behind_words(line)}" for line in slower))
+    for heading, table in content(found, results)["tables"]:
+        if len(table):
+            parts += [f"## {heading}", markdown(table)]
+    parts += [f"![{name}]({name}.png)" for name in pictures]
+    parts += ["## Measured on", *machines(results), markdown(ceilings_table(results))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def behind_words(line: dict[str, Any]) -> str:
+    memory = (
+        f" at {megabytes(line['mb'])} of memory where ours takes {megabytes(line['ours_mb'])}" if line["mb"] else ""
+    )
+    return (
+        f"{line['title']}: {line['loss']}, {line['dtype']}, {line['mode']}: up to {digits(line['times'])} times as "
+        f"fast ({line['sizes']} {'size' if line['sizes'] == 1 else 'sizes'}; {line['where']}){memory}"
+    )
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    frame = frame.loc[:, [name == "" or bool((frame[name] != "").any()) for name in frame]]
-    left = {"", "mode", "row", "size", "bound", "met", "part", "bound by"}
-    align = ["left" if name in left else "right" for name in frame]
+    words = {
+        "",
+        "mode",
+        "size",
+        "promised",
+        "met",
+        "fastest, exact",
+        "least memory, exact",
+        "fastest other",
+        "why",
+        "where",
+    }
+    align = ["left" if name in words else "right" for name in frame]
     return frame.to_markdown(index=False, colalign=align, disable_numparse=True) if len(frame) else ""

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 import tritonmargin as tm
-from perf.timing import Say
+from perf.terminal import Say
 
 RATE = 0.1
 

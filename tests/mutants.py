@@ -3,7 +3,8 @@
 A mutant that no test notices is a survivor. A survivor that changes no value is listed with its reason in
 `equivalent_mutants.toml`; any other one fails the run. Each worker mutates its own copy of the package and forks from a
 process that has torch loaded, so a mutant costs its tests and no start-up. A mutant is known by the function, the line
-before and the line after; one that was noticed is not run again while its function has that line, without --fresh.
+before and the line after; without --fresh, one that was noticed, or that survived and has a reason, is not run again
+while its function has that line.
 
     python tests/mutants.py [--only stream] [--workers 2] [--more] [--fresh] [--list]
 """
@@ -75,10 +76,13 @@ class Mutant(NamedTuple):
         return [self.module, self.operator, self.function, self.old, self.new, self.ordinal]
 
 
-def noticed_before() -> set[str]:
-    """Names of mutants that an earlier run noticed."""
+def run_before() -> dict[str, bool]:
+    """Names of mutants that an earlier run ran, and whether one noticed them."""
     lines = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
-    return {json.dumps(name) for name, caught in lines if caught}
+    found: dict[str, bool] = {}
+    for name, caught in lines:
+        found[json.dumps(name)] = caught or found.get(json.dumps(name), False)
+    return found
 
 
 def work_items(only: str) -> list[Mutant]:
@@ -177,7 +181,7 @@ def reasons() -> dict[tuple[str, str, str], str]:
     return {(entry["module"], entry["line"], entry["mutant"]): entry["reason"] for entry in listed}
 
 
-def write_report(outcomes: list[tuple[Mutant, bool]], minutes: float) -> int:
+def write_report(outcomes: list[tuple[Mutant, bool]], ran: int, minutes: float) -> int:
     """Write the report; returns the number of survivors without a reason."""
     known = reasons()
     survivors = sorted({(mutant.module, mutant.old, mutant.new) for mutant, caught in outcomes if not caught})
@@ -185,7 +189,7 @@ def write_report(outcomes: list[tuple[Mutant, bool]], minutes: float) -> int:
     lines = [
         "# Mutation run",
         "",
-        f"`make mutants`, {time.strftime('%Y-%m-%d')}: {len(outcomes)} mutants in {minutes:.0f} minutes, "
+        f"`make mutants` on {time.strftime('%Y-%m-%d')}: {len(outcomes)} mutants, the last {ran} in {minutes:.0f} min; "
         f"{sum(caught for _, caught in outcomes)} noticed, {len(survivors)} distinct survivors, "
         f"{len(open_ones)} of them without a reason.",
         "",
@@ -218,12 +222,18 @@ def main() -> int:
         for module in TESTS:
             print(f"{sum(item.module == module for item in items):5d}  {module}")
         return 0
-    before = set() if options.fresh else noticed_before()
-    done = [item for item in items if json.dumps(item.name) in before]
+    before = {} if options.fresh else run_before()
+    known = reasons()
+    done = {
+        item: before[json.dumps(item.name)]
+        for item in items
+        if before.get(json.dumps(item.name))
+        or (json.dumps(item.name) in before and (item.module, item.old, item.new) in known)
+    }
     if done:
-        print(f"{len(done)} of {len(items)} were noticed before", flush=True)
-    outcomes = [(item, True) for item in done]
-    items = [item for item in items if json.dumps(item.name) not in before]
+        print(f"{len(done)} of {len(items)} were run before", flush=True)
+    outcomes = list(done.items())
+    items = [item for item in items if item not in done]
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
@@ -248,7 +258,7 @@ def main() -> int:
         process.join()
     if options.only:
         return 0
-    return 1 if write_report(outcomes, (time.monotonic() - start) / 60) else 0
+    return 1 if write_report(outcomes, len(items), (time.monotonic() - start) / 60) else 0
 
 
 if __name__ == "__main__":

@@ -371,6 +371,18 @@ def test_a_margin_without_schedules_ignores_the_step() -> None:
     assert float(margin.m) == 0.2
 
 
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_numbers_survive_deferred_initialisation(where: str) -> None:
+    """`to_empty` gives every tensor of a model new memory with any content; a margin's numbers are not parameters."""
+    with torch.device(where):
+        margin = CombinedMargin(m1=1.0, m2=0.35, m3=0.1)
+    margin.m3 = 0.2
+    assert "m2=0.35, m3=0.2" in repr(margin)
+    margin.to_empty(device="cpu")
+    assert [float(number) for number in (margin.m1, margin.m2, margin.m3)] == [1.0, 0.35, 0.2]
+    assert margin.m2.dtype == torch.float64
+
+
 @pytest.mark.parametrize("change", ["half", "bfloat16", "float"])
 def test_numbers_keep_their_precision(change: str) -> None:
     """A model in half precision must not round m = 0.35 to 0.3501."""

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from cases import MACHINE, cpu_only
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tritonmargin as tm
@@ -97,6 +98,7 @@ def test_repr_tells_what_was_chosen():
     )
 
 
+@cpu_only
 def test_scheduled_margin_changes_the_loss_of_a_compiled_step_without_recompiling():
     x, target = batch()
     head = tm.MarginSoftmaxLoss(8, 131, tm.ArcFace().with_schedule(m=tm.WarmUp(0.0, 0.5, steps=10)))
@@ -191,6 +193,7 @@ def test_sample_classes_says_what_is_wrong():
 # -- backends ------------------------------------------------------------------------------------------------------
 
 
+@cpu_only
 def test_use_backend():
     x, target = batch()
     w = torch.randn(131, 8, requires_grad=True)
@@ -275,6 +278,8 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_call_is_refused_before_any_work_and_changes_nothing(name):
+    if name == "device" and MACHINE.startswith("ttsem"):
+        pytest.skip("every tensor says that it is on the GPU")
     changes, error, message = BAD_CALLS[name]
     arguments = dict(embeddings=X, weight=W, target=T, margin=tm.ArcFace()) | changes
     before = copy.deepcopy((X, W, T))

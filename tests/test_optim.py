@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tritonmargin as tm
-from tests.cases import DEVICE, MORE, ONE_CHUNK, cpu_only, every_backend, made, not_ttsem, using
+from tests.cases import DEVICE, MORE, ONE_CHUNK, cost, cpu_only, every_backend, made, not_ttsem, using
 from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
 from tritonmargin.optim import NoGradient, RowAdamW, RowSGD
 
@@ -312,6 +312,32 @@ def test_what_needs_a_gradient_says_that_there_is_none() -> None:
     optimiser.zero_grad()
     head(x, target).backward()
     assert head.weight.grad.shape == head.weight.shape
+
+
+@cpu_only
+def test_a_bias_has_its_gradient_beside_rows_that_are_updated() -> None:
+    biases = []
+    for inside in (False, True):
+        head = tm.MarginSoftmaxLoss(9, 150, tm.Softmax(), bias=True, dtype=torch.float64)
+        with torch.no_grad():
+            head.weight.copy_(made(150, 9, seed=3))
+        if inside:
+            head.update_in_backward(RowSGD([head.weight], lr=0.1))
+        head(made(7, 9, seed=4), torch.arange(7)).backward()
+        biases.append(head.bias.grad)
+    torch.testing.assert_close(biases[1], biases[0], rtol=1e-12, atol=1e-12)
+
+
+@cpu_only
+def test_frozen_embeddings_cost_no_product_inside_backward_either() -> None:
+    head = tm.MarginSoftmaxLoss(9, 150)
+    head.update_in_backward(RowSGD([head.weight], lr=0.1))
+    products = []
+    for trained_x in (True, False):
+        loss = head(made(7, 9).float().requires_grad_(trained_x), torch.arange(7))
+        products.append(len(cost(loss.backward).products))
+        head.weight.grad = None
+    assert products == [3, 2]  # the logits again, dX, A
 
 
 @cpu_only

@@ -283,6 +283,18 @@ def test_slots_are_added_up() -> None:
     torch.testing.assert_close(alone.log() + highest, z[0].logsumexp(dim=0), rtol=1e-12, atol=1e-12)
 
 
+def test_a_gradient_of_the_hardest_logit_alone() -> None:
+    """The op's outputs are independent of each other: one may have a gradient where another has none."""
+    x, w = made(5, 4).requires_grad_(), made(9, 4).requires_grad_()
+    target = torch.arange(5)
+    out = stream(x, w, target, **op_options(torch.float64, want_hardest=True, bounded=False, unit=False))
+    found = torch.autograd.grad(out.hardest_product.sum(), (x, w))
+    others = (x @ w.t()).scatter(1, target[:, None], -torch.inf)
+    expected = torch.autograd.grad(others.amax(dim=1).sum(), (x, w))
+    for own, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, right, rtol=1e-12, atol=1e-12)
+
+
 def test_the_hardest_of_all_slots() -> None:
     """The lowest row among equals; what a slot without a class has does not count; nan is the hardest."""
     inf, nan = torch.inf, torch.nan
@@ -293,6 +305,9 @@ def test_the_hardest_of_all_slots() -> None:
     assert found.tolist() == [1, 0, 5, -1, 7]
     value, found = hardest_slot(hardest[:1], row[:1])
     assert found.tolist() == [4, 9, -1, -1, 7]
+    # A class whose logit is -inf is still one, beside a slot that has none.
+    value, found = hardest_slot(torch.full((2, 1), -math.inf), torch.tensor([[-1], [7]]))
+    assert (float(value[0]), int(found[0])) == (-math.inf, 7)
 
 
 @pytest.mark.parametrize("bounded", [True, False])

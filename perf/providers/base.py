@@ -2,74 +2,103 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from perf.problem import Problem, Tensors
+from perf.problem import MOMENTUM, Problem, Tensors
 
-# What is timed. "forward" records for a backward that does not come; "frozen" is forward and backward without dW.
-MODES = ("forward", "no-grad", "forward+backward", "frozen W")
+STEP, WHOLE = "forward+backward", "whole step"
+# What is timed. "forward" records for a backward that does not come; "frozen W" is forward and backward without dW;
+# "whole step" is forward, backward and the update of W by SGD with momentum.
+MODES = ("no-grad", "forward", STEP, "frozen W", WHOLE)
+
+
+class Gradients(NamedTuple):
+    """What is compared with float64."""
+
+    loss: Tensor  # []
+    x: Tensor  # [N, D]
+    weight: Tensor  # [C, D], dense
+    class_ids: Tensor | None  # the classes that took part; None: all
 
 
 class Provider(ABC):
-    """One implementation. `prepare` once, then `run` any mode any number of times, `reset` after each."""
+    """One implementation. `prepare` once, then for every step `reset` and `run` a mode."""
 
-    name: str  # in CSVs and on the command line
-    title: str  # in tables
-    loss: str | None = "arcface"  # rows of the same loss must agree in its value; None: no loss
-    peer: str = "ours"  # the row of ours that it is compared with
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    modes: tuple[str, ...] = MODES
-    logits_copies: int = 0  # N x C float32 arrays that it holds at its peak, to skip what would not fit
+    name: ClassVar[str]  # in CSVs and on the command line
+    title: ClassVar[str]  # in tables
+    losses: ClassVar[tuple[str, ...]] = ()  # () for what has no loss
+    work: ClassVar[str] = "all classes"  # only equal work is compared; "sampled" walks a tenth of the classes
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    modes: ClassVar[tuple[str, ...]] = MODES
+    dense_gradient: ClassVar[bool] = True  # whether a step makes C x D numbers of it
+    compiles: ClassVar[bool] = False  # whether its first step of a size takes long
+    options: ClassVar[dict[str, Any]] = {}  # and their defaults: `name:option=value` on the command line
+
+    def __init__(self, **options: Any) -> None:
+        self.chosen = {**self.options, **options}
 
     def supports(self, problem: Problem) -> str | None:
         """Why not, or None if it can run."""
-        if problem.dtype not in self.dtypes:
-            return f"no {problem.dtype}"
-        needed = self.logits_copies * problem.n * problem.classes * 4 + 3 * problem.weight_bytes
-        free = available_bytes(problem.device)
-        if needed > free:
-            return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-        return None
+        if self.losses and problem.loss not in self.losses:
+            return f"no {problem.loss}"
+        return None if problem.dtype in self.dtypes else f"no {problem.dtype}"
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         """Make what does not belong to a step."""
         self.problem = problem
-        self.x, self.weight, self.target = tensors.x, tensors.weight, tensors.target
+        self.x, self.weight, self.target, self.momentum, _ = tensors
+        self.optimizer: torch.optim.Optimizer | None = None
 
     @abstractmethod
     def forward(self) -> Tensor:
         """The loss."""
 
-    def forward_backward(self) -> Tensor:
-        loss = self.forward()
-        loss.backward()
-        return loss.detach()
-
     def run(self, mode: str) -> Tensor:
         """One step as `mode` says; the loss."""
         with torch.no_grad() if mode == "no-grad" else nullcontext():
-            return self.forward_backward() if mode in ("forward+backward", "frozen W") else self.forward()
+            loss = self.forward()
+        if mode in (STEP, "frozen W", WHOLE):
+            loss.backward()
+            loss = loss.detach()
+        if mode == WHOLE:
+            self.update()
+        return loss
+
+    def update(self) -> None:
+        """W by its gradient. The learning rate is 0, so that every round meets the same W; the work is the same."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD([self.weight], lr=0.0, momentum=MOMENTUM)
+            if self.momentum is not None:
+                self.optimizer.state[self.weight]["momentum_buffer"] = self.momentum
+        self.optimizer.step()
 
     def reset(self, mode: str) -> None:
         """Before a step and not part of it: no gradients, and the weight frozen or not."""
         self.x.grad = self.weight.grad = None
         self.weight.requires_grad_(mode != "frozen W")
 
+    def gradients(self) -> Gradients:
+        """Of one step, as they come."""
+        mode = STEP if STEP in self.modes else WHOLE
+        self.reset(mode)
+        loss = self.run(mode)
+        assert self.x.grad is not None
+        return Gradients(loss, self.x.grad, self.weight_gradient(), self.class_ids())
 
-def available_bytes(device: str) -> int:
-    """Memory that can still be had."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (OSError, ValueError, AttributeError):
-            return 8 << 30
+    def weight_gradient(self) -> Tensor:
+        """Of the last step, [C, D]."""
+        grad = self.weight.grad
+        assert grad is not None
+        return grad.to_dense() if grad.is_sparse else grad
+
+    def class_ids(self) -> Tensor | None:
+        """The classes of the last step, None for all."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  most have nothing to do
+        """Let go of processes."""

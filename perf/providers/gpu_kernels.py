@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from torch import Tensor
 
 from perf.problem import Problem, Tensors
-from perf.providers.base import Provider
-from perf.providers.plain import Plain
+from perf.providers.base import STEP, WHOLE, Provider
 
 
 class OnGpu(Provider):
-    loss, peer = "softmax", "ours-linear"
-    modes = ("forward+backward",)
+    losses = ("softmax",)
+    modes = (STEP, WHOLE)
     package: str
 
     def supports(self, problem: Problem) -> str | None:
@@ -24,7 +22,7 @@ class OnGpu(Provider):
 
 
 class Liger(OnGpu):
-    name, title, package = "liger", "Liger-Kernel fused linear cross-entropy (no margin)", "liger_kernel"
+    name, title, package = "liger", "Liger-Kernel fused linear cross-entropy", "liger_kernel"
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
@@ -38,7 +36,7 @@ class Liger(OnGpu):
 
 
 class CutCrossEntropy(OnGpu):
-    name, title, package = "cce", "Cut Cross-Entropy (no margin)", "cut_cross_entropy"
+    name, title, package = "cce", "Cut Cross-Entropy", "cut_cross_entropy"
     dtypes = ("bfloat16", "float16")
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
@@ -51,20 +49,18 @@ class CutCrossEntropy(OnGpu):
         return self.apply(self.x, self.weight, self.target)
 
 
-class Compiled(Plain):
-    """The usual code, fused as far as Inductor does."""
-
-    name, title = "plain-compiled", "full logits, plain code, torch.compile"
-
-    def supports(self, problem: Problem) -> str | None:
-        return super().supports(problem) if problem.device.startswith("cuda") else "only measured on a GPU"
+class Quack(OnGpu):
+    name, title, package = "quack", "quack's chunked linear cross-entropy", "quack"
+    dtypes = ("bfloat16", "float16")
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
-        self.compiled = torch.compile(super().forward)
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        self.apply = chunked_linear_cross_entropy
 
     def forward(self) -> Tensor:
-        return self.compiled()
+        return self.apply(self.x, self.weight, self.target)
 
 
-PROVIDERS = (Liger, CutCrossEntropy, Compiled)
+PROVIDERS = (Liger, CutCrossEntropy, Quack)

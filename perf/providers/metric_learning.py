@@ -1,31 +1,36 @@
-"""pytorch-metric-learning's ArcFaceLoss."""
+"""pytorch-metric-learning."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from pytorch_metric_learning.losses import ArcFaceLoss
+from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from torch import Tensor
 
-from perf.problem import MARGIN, SCALE, Problem, Tensors
+from perf.problem import SCALE, Problem, Tensors, cosine_of_margin
 from perf.providers.base import Provider
 
 
 class MetricLearning(Provider):
-    name, title = "pml", "pytorch-metric-learning ArcFaceLoss"
-    logits_copies = 6
+    name, title, losses = "pml", "pytorch-metric-learning", ("arcface", "cosface")
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
-        self.head = ArcFaceLoss(problem.classes, problem.d, margin=math.degrees(MARGIN), scale=SCALE)
-        self.head.to(problem.device, problem.torch_dtype)
-        with torch.no_grad():
-            self.head.W.copy_(tensors.weight.t())  # [D, C], its own layout
+        m = cosine_of_margin(problem.loss)[2]
+        kind, margin = (ArcFaceLoss, math.degrees(m)) if problem.loss == "arcface" else (CosFaceLoss, m)
+        with torch.device("meta"):
+            self.head = kind(problem.classes, problem.d, margin=margin, scale=SCALE)
+        # [D, C], its own layout, so a copy.
+        self.head.W = torch.nn.Parameter(tensors.weight.detach().t().contiguous())
         self.weight = self.head.W
+        self.momentum = None if tensors.momentum is None else tensors.momentum.view(problem.d, problem.classes)
 
     def forward(self) -> Tensor:
         return self.head(self.x, self.target)
+
+    def weight_gradient(self) -> Tensor:
+        return super().weight_gradient().t()
 
 
 PROVIDERS = (MetricLearning,)

@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perf.problem import Problem
-from perf.providers.base import Provider
+from perf.providers.base import STEP, WHOLE, Provider
 
 if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
     raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
 
 
 class LinearCrossEntropy(Provider):
-    name, title = "torch-lce", "F.linear_cross_entropy (no margin)"
-    loss, peer = "softmax", "ours-linear"
-    logits_copies = 4
+    name, title = "torch-lce", "F.linear_cross_entropy"
+    losses = ("softmax",)
     chunk_rows: int | None = None
     chunked = False
 
@@ -37,14 +36,13 @@ class LinearCrossEntropy(Provider):
 class Chunked(LinearCrossEntropy):
     """Gradients are made in forward, so only the whole step can be compared."""
 
-    name, title = "torch-lce-chunked", "F.linear_cross_entropy, its default chunking (no margin)"
-    modes = ("forward+backward",)
-    logits_copies = 0
+    name, title = "torch-lce-chunked", "F.linear_cross_entropy, its default chunking"
+    modes = (STEP, WHOLE)
     chunked = True
 
 
 class ChunkedByHand(Chunked):
-    name, title = "torch-lce-rows64", "F.linear_cross_entropy, batch_chunk_size=64 (no margin)"
+    name, title = "torch-lce-rows64", "F.linear_cross_entropy, batch_chunk_size=64"
     chunk_rows = 64
 
     def supports(self, problem: Problem) -> str | None:

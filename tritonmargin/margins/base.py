@@ -84,6 +84,7 @@ class Margin(nn.Module):
         super().__init__()
         self.s = positive("s", s)
         self._schedules: dict[str, Callable[[int], float]] = {}
+        self._values: dict[str, float] = {}  # of the numbers, for when a buffer has none: on the meta device
 
     def target_cosine(self, cos: Tensor) -> Tensor:  # [N] -> [N]
         """phi(cos): the cosine that the sample's own class is given instead of its true one."""
@@ -111,6 +112,7 @@ class Margin(nn.Module):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{type(self).__name__}: {name} must be a number, got {value!r}")
         self.check_number(name, float(value))
+        self._values[name] = float(value)
         self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -118,6 +120,7 @@ class Margin(nn.Module):
             one_of(name, value, self.options[name])
         if isinstance(value, Real) and name in self.__dict__.get("_buffers", {}):
             self.check_number(name, float(value))
+            self._values[name] = float(value)
             self._buffers[name].fill_(float(value))  # type: ignore[union-attr]
         elif name == "s" and not isinstance(value, Tensor):
             super().__setattr__(name, positive("s", value))  # type: ignore[arg-type]
@@ -130,13 +133,16 @@ class Margin(nn.Module):
             raise ValueError(f"{type(self).__name__}: {name} must be a finite number, got {value}")
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # `.half()` or `.bfloat16()` must not round m = 0.35: numbers follow the device and keep their precision.
+        # `.half()` must not round m = 0.35, nor `.to_empty()` forget it: numbers follow the device and nothing else.
         numbers = {name: buffer for name, buffer in self._buffers.items() if name in self._non_persistent_buffers_set}
         super()._apply(fn, recurse)
         for name, exact in numbers.items():
-            moved = self._buffers[name]
-            if exact is not None and moved is not None and moved.dtype != exact.dtype:
+            if exact is not None:
+                moved = self._buffers[name]
+                assert moved is not None
                 precise = torch.float32 if moved.device.type == "mps" else exact.dtype
+                if exact.is_meta:
+                    exact = torch.tensor(self._values[name], dtype=exact.dtype, device="cpu")
                 self._buffers[name] = exact.to(device=moved.device, dtype=precise)
         return self
 
@@ -158,7 +164,11 @@ class Margin(nn.Module):
             setattr(self, name, float(function(step)))
 
     def extra_repr(self) -> str:
-        numbers = [f"{name}={float(buffer):g}" for name, buffer in self._buffers.items() if buffer is not None]
+        numbers = [
+            f"{name}={self._values[name] if buffer.is_meta else float(buffer):g}"
+            for name, buffer in self._buffers.items()
+            if buffer is not None
+        ]
         scale = [f"s={self.s:g}"] if self.unit_embeddings and not isinstance(self.s, Tensor) else []
         choices = [f"{name}={getattr(self, name)!r}" for name in self.options]
         return ", ".join(numbers + scale + choices)

@@ -10,12 +10,16 @@ import math
 
 import pandas as pd
 
-from perf import rates, timing
+from perf import rates
 from perf.counts import RATES, parts
+from perf.grid import Budget, Case
+from perf.measure import Checks, History, Say
+from perf.measure import measure as measure_cases
 from perf.problem import Problem
-from perf.tables import PARTS, STEP, Row, Table
+from perf.providers.base import STEP
+from perf.terminal import digits
 
-AUDITED = [("ours", STEP), ("ours-retain", STEP), *(row for row in PARTS if row[0] == "ours"), ("plain", STEP)]
+AUDITED = [("ours", "no-grad"), ("ours", "frozen W"), ("ours", STEP), ("ours-retain", STEP), ("plain", STEP)]
 Measured = dict[tuple[str, str], float]  # (provider, mode) -> seconds
 
 
@@ -26,7 +30,7 @@ def audit(p: Problem, measured: Measured, speed: dict[str, float] | None = None)
     for provider, mode in AUDITED:
         for part in parts(provider, mode, p):
             lines.append({
-                "table": "audit", "provider": provider, "mode": mode, "dtype": p.dtype, "N": p.n, "D": p.d,
+                "provider": provider, "mode": mode, "dtype": p.dtype, "N": p.n, "D": p.d,
                 "C": p.classes, "part": part.name, "group": RATES[part.rate].group, "kind": part.rate,
                 "amount": part.amount, "unit": RATES[part.rate].unit, "per_second": speed[part.rate],
                 "seconds": part.amount / speed[part.rate], "measured_s": measured.get((provider, mode), math.nan),
@@ -34,19 +38,11 @@ def audit(p: Problem, measured: Measured, speed: dict[str, float] | None = None)
     return pd.DataFrame(lines)
 
 
-def measure(p: Problem, rounds: int, say: timing.Say = print) -> Measured:
+def measure(p: Problem, rounds: int, threads: int, say: Say = print) -> Measured:
     """Medians of the audited rows."""
-    table = Table("audit", "", [Row(p, provider, mode) for provider, mode in AUDITED], rounds)
-    return medians(timing.measure(table, say), p)
-
-
-def medians(frame: pd.DataFrame, p: Problem) -> Measured:
-    """The medians of a speed table's rows at size p."""
-    if "median_s" not in frame:
-        return {}
-    here = frame[(frame["dtype"] == p.dtype) & (frame["N"] == p.n) & (frame["D"] == p.d) & (frame["C"] == p.classes)]
-    here = here[here["median_s"].notna()]
-    return {(line.provider, line.mode): float(line.median_s) for line in here.itertuples()}
+    cases = [Case(p, provider, mode) for provider, mode in AUDITED]
+    block = measure_cases(p, cases, Budget(rounds, rounds, 0.0, 60.0), threads, History(), Checks(), say)
+    return {(row["provider"], row["mode"]): row["median_s"] for row in block.rows if row["samples"]}
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -72,3 +68,32 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
             "bound by": f"{largest} ({groups[largest] / total:.0%})",
         })  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The summary for reading."""
+    rows = summary(frame)
+    percent = {name: rows[name].map("{:.0%}".format) for name in rows if name.startswith("share of ")}
+    ms = {name: (rows[f"{name}_s"] * 1e3).map(digits) for name in ("roofline", "predicted", "measured")}
+    return pd.DataFrame({
+        "row": rows["provider"] + ", " + rows["mode"],
+        **{name: rows[name].map(digits) for name in ("GFLOP", "G elements", "GB")},  # counted
+        **{f"{name}, ms": value for name, value in ms.items()},
+        "measured / predicted": rows["measured / predicted"].map(digits),
+        **{name.removeprefix("share of "): value for name, value in percent.items()},
+        "bound by": rows["bound by"],
+    })  # fmt: skip
+
+
+def parts_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every part of one audited row, for reading."""
+    scale = {"flop": (1e9, "GFLOP"), "element": (1e6, "M elements"), "byte": (1e6, "MB")}
+    amount = [f"{digits(a / scale[u][0])} {scale[u][1]}" for a, u in zip(frame["amount"], frame["unit"], strict=True)]
+    rate = [
+        f"{digits(a / scale[u][0])} {scale[u][1]}/s" for a, u in zip(frame["per_second"], frame["unit"], strict=True)
+    ]
+    share = frame["seconds"] / frame["seconds"].sum()
+    return pd.DataFrame({
+        "part": frame["part"], "amount": amount, "rate": rate, "ms": (frame["seconds"] * 1e3).map(digits),
+        "share": share.map("{:.0%}".format),
+    })  # fmt: skip

@@ -1,0 +1,113 @@
+"""Results as data: what `python -m perf run` leaves in a folder, and its schema.
+
+results.csv   a line per case (size x provider x mode); COLUMNS has the meanings
+samples.csv   a line per timed step: the case, round, place of the yardstick in its round ("first" or ""), seconds
+ceilings.csv  what the machine does at best: kind, dtype, amount per second, unit
+runs.json     what each run was measured on, by its number
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from perf.measure import Row
+
+KEY = ["loss", "dtype", "N", "D", "C", "device", "provider", "mode"]
+COLUMNS = {
+    "loss": "arcface, cosface, arcface-straight-through or softmax",
+    "dtype": "of embeddings, weights and gradients",
+    "N": "samples of the batch",
+    "D": "width of the embeddings",
+    "C": "classes",
+    "device": "cpu or cuda",
+    "provider": "who computes it",
+    "title": "the same in words",
+    "work": "all classes, or sampled: only equal work is compared",
+    "mode": "no-grad, forward, forward+backward, frozen W, or whole step (with SGD's update of W)",
+    "samples": "timed steps after the first",
+    "median_s": "seconds of a step, median over the samples",
+    "q25_s": "their lower quartile",
+    "q75_s": "their upper quartile",
+    "x_gemm": "in units of one N x D x C GEMM into a buffer that exists: median of the ratio within a round",
+    "times_ours": "in units of ours (of the same work): median of the ratio within a round",
+    "loss_value": "the loss of the first step",
+    "peak_mb": "10^6 bytes at the peak of a step beyond W, the optimiser's state and the inputs: allocations counted",
+    "beyond_mb": "the same without the gradient of W",
+    "rss_mb": "10^6 bytes by which the resident set grew in the first step",
+    "error_loss": "relative distance of the loss from float64, at N = 64, C = 1000",
+    "error_dx": "of the gradient of the embeddings",
+    "error_dw": "of the gradient of W",
+    "bias_dx": "by how much the gradient is too large or small as a whole",
+    "bias_dw": "the same of W's",
+    "wrong": "why it is wrong, empty for right; a wrong row is not ranked",
+    "note": "why nothing was measured, or not all",
+    "limit_s": "no code can take less: products at the GEMM's rate or memory traffic at the copy's, the larger",
+    "run": "key of runs.json",
+}
+
+
+TEXT = ["wrong", "note", "place", "run", "title", "work"]
+
+
+class Results(NamedTuple):
+    rows: pd.DataFrame
+    samples: pd.DataFrame
+    ceilings: pd.DataFrame
+    runs: dict[str, dict[str, Any]]
+
+
+def load(out: Path) -> Results:
+    """What a folder holds, with empty tables for what is missing."""
+
+    def table(name: str, columns: list[str]) -> pd.DataFrame:
+        path = out / f"{name}.csv"
+        frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str)) if path.exists() else pd.DataFrame(columns=columns)
+        for column in ("wrong", "note", "place"):
+            if column in frame:
+                frame[column] = frame[column].fillna("")
+        return frame
+
+    path = out / "runs.json"
+    return Results(
+        table("results", list(COLUMNS)),
+        table("samples", [*KEY, "round", "place", "seconds", "run"]),
+        table("ceilings", ["kind", "dtype", "per_second", "unit", "run"]),
+        json.loads(path.read_text()) if path.exists() else {},
+    )
+
+
+def save(out: Path, results: Results) -> None:
+    """Written beside and then put in place, so that a run stopped at any moment leaves whole files."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = results.rows.reindex(columns=list(COLUMNS))
+    for name, frame in (("results", rows), ("samples", results.samples), ("ceilings", results.ceilings)):
+        replace(out / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    replace(out / "runs.json", json.dumps(results.runs, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(path.suffix + ".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def merged(old: pd.DataFrame, new: list[Row], key: list[str]) -> pd.DataFrame:
+    """The old lines, but those whose key is among the new ones, and the new ones."""
+    if not new:
+        return old
+    added = pd.DataFrame(new)
+    if old.empty:
+        return added
+    fresh = set(added[key].itertuples(index=False, name=None))
+    kept = [line not in fresh for line in old[key].itertuples(index=False, name=None)]
+    parts = [part for part in (old[kept], added) if not part.empty]
+    return pd.concat(parts, ignore_index=True)
+
+
+def done(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
+    """The keys of the cases that need not be measured again."""
+    return set(rows[KEY].itertuples(index=False, name=None))

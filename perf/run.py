@@ -1,0 +1,98 @@
+"""A run: every size of a plan, written as it goes; a second run goes on where the first was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from perf import ceilings, results
+from perf.grid import Case, Plan
+from perf.measure import Checks, History, measure
+from perf.problem import Problem
+from perf.results import KEY, Results
+
+Progress = Callable[[float, str], None]  # the part that is done, 0 to 1, and what is being done
+
+
+def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: Progress) -> Results:
+    """Measure what `out` does not hold yet, or everything with `fresh`. KeyboardInterrupt leaves whole results."""
+    held = results.load(out)
+    blocks = plan.blocks()
+    if fresh:
+        wanted = {key(case) for cases in blocks.values() for case in cases}
+        kept = [line not in wanted for line in held.rows[KEY].itertuples(index=False, name=None)]
+        held = held._replace(rows=held.rows[kept])
+    known = results.done(held.rows)
+    left = {problem: [case for case in cases if key(case) not in known] for problem, cases in blocks.items()}
+    left = {problem: cases for problem, cases in left.items() if cases}
+    if not left:
+        return held
+    number = str(max((int(run) for run in held.runs), default=0) + 1)
+    begin = time.monotonic()
+    progress(0.0, "the machine's ceilings")
+    devices = {problem.device for problem in left}
+    hasty = max(problem.flops for problem in left) < 1e8
+    ceiling = [
+        {**line, "run": number}
+        for line in ceilings.measure(sorted({problem.dtype for problem in left}), devices.pop(), hasty)
+    ]
+    runs = {**held.runs, number: {**facts, "budget": plan.budget.words}}
+    held = held._replace(ceilings=results.merged(held.ceilings, ceiling, ["kind", "dtype", "run"]), runs=runs)
+    history, checks = remembered(held.rows), Checks()
+    total, so_far = sum(weight(problem, cases) for problem, cases in left.items()), 0.0
+    for problem, cases in left.items():
+        part = so_far / total
+
+        def say(words: str, part: float = part) -> None:
+            progress(part, words)
+
+        # Ours and the peers that a row is divided by take part even if their own rows are there already.
+        together = (
+            blocks[problem]
+            if any(case.provider.startswith("ours") for case in cases)
+            else with_ours(cases, blocks[problem])
+        )
+        block = measure(problem, together, plan.budget, int(str(facts["threads"])), history, checks, say)
+        rows = [
+            {**row, "limit_s": ceilings.limit(case, ceiling), "run": number}
+            for case, row in zip(together, block.rows, strict=True)
+        ]
+        samples = [{**line, "run": number} for line in block.samples]
+        held = held._replace(
+            rows=results.merged(held.rows, rows, KEY),
+            samples=results.merged(held.samples, samples, KEY),
+        )
+        held.runs[number]["seconds"] = round(time.monotonic() - begin, 1)
+        results.save(out, held)
+        so_far += weight(problem, cases)
+    progress(1.0, "done")
+    return held
+
+
+def key(case: Case) -> tuple[object, ...]:
+    p = case.problem
+    return p.loss, p.dtype, p.n, p.d, p.classes, p.device, case.provider, case.mode
+
+
+def with_ours(cases: list[Case], block: list[Case]) -> list[Case]:
+    """The cases, and our rows of the same modes."""
+    modes = {case.mode for case in cases}
+    mine = [case for case in block if case.provider in ("ours", "ours-sampled") and case.mode in modes]
+    return list(dict.fromkeys([*mine, *cases]))
+
+
+def weight(problem: Problem, cases: list[Case]) -> float:
+    """About how long a size takes, in any unit: starting the processes, and the work."""
+    return 2e9 * len({case.provider for case in cases}) + 3.0 * problem.flops * len(cases)
+
+
+def remembered(rows: pd.DataFrame) -> History:
+    """What earlier runs know of the time of a step."""
+    history = History()
+    for row in rows[rows["samples"] > 0].itertuples():
+        problem = Problem(row.N, row.D, row.C, row.dtype, row.device, row.loss)
+        history.add(Case(problem, row.provider, row.mode), row.median_s)
+    return history
