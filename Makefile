@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo demo-million demo-sharded test test-all lint perf mutants clean
+.PHONY: demo demo-million demo-sharded figures test test-all lint perf perf-check readme-numbers mutants clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m examples.glyphs $(ARGS)
@@ -45,7 +45,17 @@ lint: $(VENV)/dev.done
 	$(BIN)/mypy
 
 perf: $(VENV)/perf.done
-	$(BIN)/python -m perf run --quick $(ARGS)
+	$(BIN)/python -m perf run $(ARGS)
+
+# Counts instead of times: products, passes, operations and allocations of a step, beside the committed ones.
+perf-check: $(VENV)/perf.done
+	$(BIN)/python -m perf check $(ARGS)
+
+readme-numbers: $(VENV)/perf.done
+	$(BIN)/python -m perf readme $(ARGS)
+
+figures: $(VENV)/demo.done
+	$(BIN)/python -m examples.figures $(ARGS)
 
 mutants: $(VENV)/test.done $(VENV)/mutants.done
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -112,6 +112,18 @@ def report_command(out: Out = OUT) -> None:
     written(out)
 
 
+@app.command("readme")
+def readme_command(
+    out: Out = OUT,
+    readme: Annotated[Path, typer.Option(help="the file with the two marks")] = Path("README.md"),
+) -> None:
+    """Write the numbers of README.md again from the results."""
+    from perf import readme as numbers
+
+    changed = numbers.write(readme, results.load(out))
+    console.print(f"{readme}: {'written' if changed else 'as it was'}", highlight=False)
+
+
 @app.command("providers")
 def providers_command() -> None:
     """Who is compared."""
@@ -177,18 +189,19 @@ def audit_command(
     width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be here, read the code, predict a step, check budgets."""
-    from perf import kernels
+    from perf import executed, kernels
     from perf.gpus import GPUS
 
     targets, dtypes = tuple(target or kernels.TARGETS), tuple(dtype or kernels.DTYPES)
     with saying() as say:
         frame = kernels.audit(say, targets, dtypes, tuple(width or kernels.WIDTHS))
         predicted = pd.concat([kernels.predict(GPUS[name]) for name in targets], ignore_index=True)
+        ran = executed.table()
     rules = kernels.budgets(frame)
     boxed(rules, "budgets")
     shown = predicted[["target", "schedule", "predicted_ms", "predicted_fraction_of_peak", "times_the_floor"]]
     boxed(shown.round(3), "a step, predicted: N=1024, D=512, C=1,000,000, bfloat16")
-    console.print(f"wrote {kernels.write(frame, predicted, out)}", highlight=False)
+    console.print(f"wrote {kernels.write(frame, predicted, ran, out)}", highlight=False)
     raise typer.Exit(1 if "NO" in set(rules["met"]) else 0)
 
 

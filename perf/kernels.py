@@ -51,26 +51,41 @@ def chunk_of(gpu: Gpu, dtype: str, n: int, d: int) -> int:
     return tiles.default_chunk(device, DTYPES[dtype], n, d)
 
 
+def launches(kind: torch.dtype, n: int, d: int, k: int) -> list[tuple[str, Callable[[], object]]]:
+    """The kernels of a normalised loss over one chunk, by name, in the order of a step; logits bounded."""
+    made = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(size, d, generator=made).to(kind) for size in (n, k))
+    rows, dw = torch.empty_like(w), torch.empty_like(w)
+    target = torch.randint(k, (n,), generator=made)
+    tile = triton_ops.new_tile(x, k, kind)
+    run = Running(total=torch.zeros(triton_ops.slots(x, k), n))
+    shares = [Shares(target, torch.randn(n, d, generator=made))]
+    prepared: list[Any] = []
+
+    def prepare() -> None:
+        prepared[:] = [triton_ops.prepare_rows(w, None, 0, k, True, rows, None)]
+
+    def finish(update: RowUpdate | None) -> None:
+        place, out = (None, dw) if update is None else (slice(0, k), w)
+        triton_ops.finish_rows(rows, rows, prepared[0], 0, shares, None, None, torch.ones(()), out, place, update)
+
+    return [
+        ("prepare_rows", prepare),
+        ("reduce_chunk", lambda: triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)),
+        ("weigh_chunk", lambda: triton_ops.weigh_chunk(
+            rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)),
+        ("finish_rows", lambda: finish(None)),
+        *((name, lambda update=update: finish(update)) for name, update in updates(w).items()),
+    ]  # fmt: skip
+
+
 def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N) -> dict[str, Compiled]:
-    """The kernels of a normalised loss, by name; logits bounded."""
-    kind = DTYPES[dtype]
+    """Every kernel of a step as machine code; nothing is executed."""
     k = chunk_of(gpu, dtype, n, d)
-    x, w, rows = (torch.empty(size, d, dtype=kind) for size in (n, k, k))
-    target = torch.zeros(n, dtype=torch.int64)
     found: dict[str, Compiled] = {}
     with compiling_for(gpu.target, gpu.processors, gpu.cache) as compiled:
-        prepared = triton_ops.prepare_rows(w, None, 0, k, True, rows, None)
-        found["prepare_rows"] = compiled[-1]
-        tile = triton_ops.new_tile(x, k, kind)
-        run = Running(total=torch.zeros(triton_ops.slots(x, k), n))
-        triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)
-        found["reduce_chunk"] = compiled[-1]
-        triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
-        found["weigh_chunk"] = compiled[-1]
-        shares = [Shares(target, torch.empty(n, d))]
-        for name, update in (("finish_rows", None), *updates(w).items()):
-            place = None if update is None else slice(0, k)
-            triton_ops.finish_rows(rows, rows, prepared, 0, shares, None, None, torch.ones(()), w, place, update)
+        for name, launch in launches(DTYPES[dtype], n, d, k):
+            launch()
             found[name] = compiled[-1]
     return found
 
@@ -103,8 +118,8 @@ def launch_bytes(kernel: str, size: Size, slots: int) -> int:
         "reduce_chunk": x + rows + 8 * n + 2 * numbers * slots,  # targets, sums read and written
         "weigh_chunk": x + rows + 8 * n + numbers + tile,
         "finish_rows": finish,  # A, W, dW, 1/|w|, the targets' shares
-        SGD: finish,  # W in place of dW
-        ADAMW: finish + 8 * k,  # and two corrections a row
+        SGD: finish + rows,  # W is read too, and written in place of dW
+        ADAMW: finish + rows + 8 * k,  # and two corrections a row
     }[kernel]
 
 
@@ -289,11 +304,12 @@ def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = 
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
-def write(frame: pd.DataFrame, predicted: pd.DataFrame, out: Path) -> Path:
-    """kernels.csv, kernels_predicted.csv, kernels.md and two plots."""
+def write(frame: pd.DataFrame, predicted: pd.DataFrame, ran: pd.DataFrame, out: Path) -> Path:
+    """kernels.csv, kernels_predicted.csv, kernels_executed.csv, kernels.md and two plots."""
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "kernels.csv", index=False)
     predicted.to_csv(out / "kernels_predicted.csv", index=False)
+    ran.to_csv(out / "kernels_executed.csv", index=False)
     from perf import kernel_plots
 
     kernel_plots.write(kernel_plots.cycles(frame), out / "kernels_cycles.png")
@@ -319,6 +335,13 @@ here was measured on a GPU**: times are predicted by the model of `perf/static.p
 {predicted.drop(columns=["dtype", "N", "D", "C"]).to_markdown(index=False, floatfmt=".3g")}
 
 The fraction of peak counts the products that a schedule makes: four here and in Cut Cross-Entropy, three elsewhere.
+
+## Formula and execution
+
+The kernels run on the CPU (ttsem, as code for sm_90); every load, store and product is counted. A tile kernel
+reads x once a column of tiles and the class rows once a row of tiles; `tile_bytes` has that in it.
+
+{ran.to_markdown(index=False, floatfmt=".4g")}
 
 ## The kernels at D={D}, bfloat16, N={N:,}, a chunk of classes as the model chooses it
 

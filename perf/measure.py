@@ -183,7 +183,7 @@ class Turn:
             self.notes[case] = f"predicted {expected:.0f} s a step, past the budget of {self.budget.longest:g} s"
             return False
         self.say(f"{self.problem.title}: {case.mode}, first step of {case.provider}")
-        patience = 3 * self.budget.longest + (COMPILING if kind.compiles else 0.0)
+        patience = max(3 * self.budget.longest, 2.0) + (COMPILING if kind.compiles else 0.0)
         try:
             took, loss, grown = worker.ask("first", case.mode, timeout=patience)
         except Failed as failure:

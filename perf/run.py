@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,7 +26,8 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         wanted = {key(case) for cases in blocks.values() for case in cases}
         kept = [line not in wanted for line in held.rows[KEY].itertuples(index=False, name=None)]
         held = held._replace(rows=held.rows[kept])
-    known = results.done(held.rows)
+    open_ones = [again(row, held, plan) for row in held.rows.to_dict("records")]
+    known = results.done(held.rows[[not each for each in open_ones]])
     left = {problem: [case for case in cases if key(case) not in known] for problem, cases in blocks.items()}
     left = {problem: cases for problem, cases in left.items() if cases}
     if not left:
@@ -39,7 +41,7 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         {**line, "run": number}
         for line in ceilings.measure(sorted({problem.dtype for problem in left}), devices.pop(), hasty)
     ]
-    runs = {**held.runs, number: {**facts, "budget": plan.budget.words}}
+    runs = {**held.runs, number: {**facts, "budget": plan.budget.words, "longest": plan.budget.longest}}
     held = held._replace(ceilings=results.merged(held.ceilings, ceiling, ["kind", "dtype", "run"]), runs=runs)
     history, checks = remembered(held.rows), Checks()
     total, so_far = sum(weight(problem, cases) for problem, cases in left.items()), 0.0
@@ -70,6 +72,15 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         so_far += weight(problem, cases)
     progress(1.0, "done")
     return held
+
+
+PAST_BUDGET = ("predicted", "one step", "stopped after")
+
+
+def again(row: dict[Any, Any], held: Results, plan: Plan) -> bool:
+    """Whether a case was left out for a step's time, and this plan has more of it."""
+    before = held.runs.get(str(row["run"]), {}).get("longest", 0.0)
+    return str(row["note"]).startswith(PAST_BUDGET) and plan.budget.longest > before
 
 
 def key(case: Case) -> tuple[object, ...]:

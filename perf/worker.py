@@ -63,7 +63,7 @@ class Worker:
 def serve(pipe: Connection, name: str, threads: int) -> None:
     """Answer (whether it went well, answer or reason) until the pipe is closed."""
     torch.set_num_threads(threads)
-    limit_needed = not torch.cuda.is_available()  # CUDA maps far more than it uses
+    device = "cpu"
     desk = Desk(name)
     while True:
         try:
@@ -72,7 +72,8 @@ def serve(pipe: Connection, name: str, threads: int) -> None:
             desk.close()
             return
         try:
-            if limit_needed:
+            device = next((each.device for each in arguments if isinstance(each, Problem)), device)
+            if device == "cpu":  # CUDA maps far more memory than it uses
                 limits.limit_memory()
             answer = True, getattr(desk, command)(*arguments)
         except KeyboardInterrupt:

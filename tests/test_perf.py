@@ -40,6 +40,7 @@ from perf import (  # noqa: E402
     peaks,
     plan,
     providers,
+    readme,
     report,
     results,
     roofline,
@@ -526,6 +527,20 @@ def test_a_second_run_measures_only_what_is_missing(written: Path, tmp_path: Pat
     assert (found.rows["run"] == "1").sum() == len(before.splitlines()) - 1
 
 
+def test_a_longer_budget_tries_again_what_was_left_out(tmp_path: Path) -> None:
+    line = ["run", *TINY, "--classes", "2000", "--modes", STEP, "--providers", "ours,plain", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
+    found = results.load(tmp_path).rows
+    assert found["note"].str.startswith("one step, the first").all()
+    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
+    assert set(results.load(tmp_path).runs) == {"1"}
+    assert CliRunner().invoke(app, [*line, "--longest", "100"]).exit_code == 0
+    found = results.load(tmp_path).rows
+    assert (found["note"] == "").all()
+    assert (found["samples"] >= 5).all()
+    assert set(found["run"]) == {"2"}
+
+
 def test_control_c_leaves_a_valid_part(tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "perf", *RUN[:-1], "ours,plain", "--classes", "300,400,500,600,700,800,900,1000"]
@@ -676,6 +691,27 @@ def test_ceilings_bound_what_the_work_needs() -> None:
     slow = [{**line, "per_second": {"GEMM": 1e30, "copy": 1.0}[line["kind"]]} for line in rates]
     assert ceilings.limit(Case(SMALL, "plain", WHOLE), slow) == 5 * SMALL.weight_bytes
     assert ceilings.limit(Case(SMALL, "ours", STEP), []) is None
+
+
+def test_readmes_numbers_are_those_of_the_committed_results() -> None:
+    root = Path(__file__).parent.parent
+    committed = results.load(root / "reports" / "perf")
+    text = (root / "README.md").read_text()
+    assert readme.rewritten(text, committed) == text, "make readme-numbers"
+    assert "**" in readme.numbers(committed)
+    assert len(committed.rows) > 300
+
+
+def test_readmes_numbers_follow_the_results(written: Path) -> None:
+    found = results.load(written)
+    text = f"before {readme.BEGIN} old {readme.END} after"
+    made = readme.rewritten(text, found)
+    assert made.startswith("before ")
+    assert made.endswith(" after")
+    assert " old " not in made
+    assert "comparisons" in made
+    with pytest.raises(ValueError, match="end of numbers"):
+        readme.rewritten("nothing", found)
 
 
 # -- comparing runs ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ if MACHINE != "cpu":
 
 import pandas as pd  # noqa: E402
 
-from perf import gate, kernels, tune  # noqa: E402
+from perf import executed, gate, kernels, tune  # noqa: E402
 from perf.gpus import GPUS  # noqa: E402
 from tritonmargin.kernels import tiles  # noqa: E402
 
@@ -54,6 +54,15 @@ def test_kernels_are_audited(audited: pd.DataFrame) -> None:
         assert finish.loc[(512, update), "registers"] > finish.loc[(512, "prepare_rows"), "registers"]
     weigh = tiled[tiled["kernel"] == "weigh_chunk"]
     assert (weigh["launch_bytes"] > weigh["N"] * weigh["chunk"] * 2).all()
+
+
+def test_formulas_are_what_the_kernels_do() -> None:
+    """Bytes and flops of every launch, by formula and counted while it executes."""
+    found = executed.table(("bfloat16",))
+    assert set(found["kernel"]) == {"prepare_rows", "reduce_chunk", "weigh_chunk", "finish_rows", *kernels.STATES}
+    assert (found["executed_product_flops"] == found["formula_product_flops"]).all()
+    assert found["executed_product_flops"].max() == 2 * 128 * 64 * 384
+    assert (found["executed_bytes"] / found["tile_bytes"]).between(0.999, 1.03).all(), found.to_string()
 
 
 def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
