@@ -12,6 +12,7 @@ A run:
     peaks.py      peak memory of a step; clock.py: its time
     ceilings.py   what the machine does at best, and the least time a case can take
     results.py    the CSVs and their schema
+    noise.py      how far a ratio can be trusted
     findings.py   what the numbers say; bounds.py: what was promised
     report.py     the page (page.html), with the pictures of plots.py
     compare.py    one run against another

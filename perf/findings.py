@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from perf import bounds
-from perf.compare import band, noise_floor
+from perf import bounds, noise
 from perf.grid import YARDSTICK
 from perf.providers.base import STEP, WHOLE
 from perf.results import Results
@@ -35,9 +34,8 @@ class Findings(NamedTuple):
 
 
 def find(results: Results) -> Findings:
-    floor = noise_floor(results.samples)
     rows = results.rows[results.rows["provider"] != YARDSTICK].copy()
-    rows["band"] = band(rows, 0.0 if math.isnan(floor) else floor)
+    rows["band"] = noise.bands(rows, results.samples, "ours")
     gib = rows["run"].map({number: facts.get("memory_gib") for number, facts in results.runs.items()})
     rows["memory_mb"] = gib.astype(float) * 2**30 / 1e6
     rows["fraction"] = rows["limit_s"] / rows["median_s"]
@@ -54,7 +52,7 @@ def find(results: Results) -> Findings:
     behind = others[others["times_ours"] < 1.0 - others["band"]].sort_values("times_ours")
     return Findings(
         rows=rows,
-        noise=floor,
+        noise=noise.of_yardstick(results.samples),
         headline=headline(ranked),
         behind=behind,
         wrong=rows[rows["wrong"] != ""].drop_duplicates(["provider", "loss", "dtype", "wrong"]),
@@ -89,7 +87,8 @@ def headline(ranked: pd.DataFrame) -> pd.DataFrame:
             "x_gemm": ours["x_gemm"], "fraction": ours["fraction"], "other": best["title"],
             "other_s": best["median_s"], "other_mb": best["beyond_mb"], "times": best["times_ours"],
         })  # fmt: skip
-    return pd.DataFrame(lines)
+    made = pd.DataFrame(lines)
+    return made if made.empty else made[made["D"] == made["D"].max()]
 
 
 def nearest(frame: pd.DataFrame, wanted: int) -> int:

@@ -45,7 +45,7 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
         "sentence": sentence(found),
         "noise": noise_words(found),
         "headline": found.headline.to_dict("records"),
-        "behind": behind(found),
+        "behind": [behind_words(line) for line in behind(found)],
         "tables": [
             ("What was promised", promised_table(found)),
             ("Which setting should I use?", settings_table(found)),
@@ -65,8 +65,8 @@ def noise_words(found: Findings) -> str:
     if found.noise != found.noise:
         return "The noise was not measured."
     return (
-        f"Noise: the yardstick against itself in the same rounds differs by {100 * found.noise:.1f} % at the typical "
-        "size. A difference counts from three times that and the spread of the row itself on."
+        f"Noise: the ratio of two yardsticks of a round is known to {100 * found.noise:.1f} % at the typical size "
+        "(standard error of its median). A row is ahead or behind from three standard errors of its own ratio on."
     )
 
 
@@ -80,23 +80,33 @@ def checked_words(found: Findings) -> str:
 
 
 def behind(found: Findings) -> list[dict[str, Any]]:
-    """Who is faster than ours, a line per code, loss, dtype and mode: how often, and by how much."""
+    """Who is faster than ours, a line per code, loss and dtype: in how many cases, and by how much at most."""
     lines = []
-    for (title, loss, dtype, mode), part in found.behind.groupby(["title", "loss", "dtype", "mode"], sort=False):
-        worst = part.loc[part["times_ours"].idxmin()]
+    size = ["loss", "dtype", "N", "D", "C", "mode"]
+    for (title, loss, dtype), part in found.behind.groupby(["title", "loss", "dtype"], sort=False):
+        most = part.loc[part["times_ours"].idxmin()]
         ours = found.rows[
-            (found.rows["provider"] == ("ours" if worst["work"] == "all classes" else "ours-sampled"))
-            & (
-                found.rows[["loss", "dtype", "N", "D", "C", "mode"]] == worst[["loss", "dtype", "N", "D", "C", "mode"]]
-            ).all(axis=1)
+            (found.rows["provider"] == ("ours" if most["work"] == "all classes" else "ours-sampled"))
+            & (found.rows[size] == most[size]).all(axis=1)
         ]
-        mb = ours["beyond_mb"].iloc[0] if len(ours) else float("nan")
+        memory = ""
+        if len(ours) and pd.notna(most["beyond_mb"]) and pd.notna(ours["beyond_mb"].iloc[0]):
+            memory = f", with {megabytes(most['beyond_mb'])} of memory to our {megabytes(ours['beyond_mb'].iloc[0])}"
+        classes = part["C"].max()
         lines.append({
-            "title": title, "loss": loss, "dtype": dtype, "mode": mode, "sizes": len(part),
-            "times": 1.0 / worst["times_ours"], "where": size_words(worst.to_dict()),
-            "mb": worst["beyond_mb"], "ours_mb": mb,
+            "title": title, "loss": loss, "dtype": dtype, "cases": len(part), "times": 1.0 / most["times_ours"],
+            "where": f"{most['mode']}, N={most['N']}, D={most['D']}, C={most['C']:,}", "memory": memory,
+            "classes": int(classes),
         })  # fmt: skip
     return sorted(lines, key=lambda line: -line["times"])
+
+
+def behind_words(line: dict[str, Any]) -> str:
+    cases = f"{line['cases']} case{'' if line['cases'] == 1 else 's'}, C up to {line['classes']:,}"
+    return (
+        f"{line['title']}, {line['loss']}, {line['dtype']}: up to {digits(line['times'])} times as fast as ours "
+        f"({line['where']}){line['memory']}; {cases}"
+    )
 
 
 # -- tables of words ---------------------------------------------------------------------------------------------
@@ -229,16 +239,6 @@ def summary(found: Findings, results: Results, pictures: list[str]) -> str:
     parts += [f"![{name}]({name}.png)" for name in pictures]
     parts += ["## Measured on", *machines(results), markdown(ceilings_table(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def behind_words(line: dict[str, Any]) -> str:
-    memory = (
-        f" at {megabytes(line['mb'])} of memory where ours takes {megabytes(line['ours_mb'])}" if line["mb"] else ""
-    )
-    return (
-        f"{line['title']}: {line['loss']}, {line['dtype']}, {line['mode']}: up to {digits(line['times'])} times as "
-        f"fast ({line['sizes']} {'size' if line['sizes'] == 1 else 'sizes'}; {line['where']}){memory}"
-    )
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -1,13 +1,14 @@
 """Results as data: what `python -m perf run` leaves in a folder, and its schema.
 
-results.csv   a line per case (size x provider x mode); COLUMNS has the meanings
-samples.csv   a line per timed step: the case, round, place of the yardstick in its round ("first" or ""), seconds
-ceilings.csv  what the machine does at best: kind, dtype, amount per second, unit
-runs.json     what each run was measured on, by its number
+results.csv     a line per case (size x provider x mode); COLUMNS has the meanings
+samples.csv.gz  a line per timed step: the case, round, place of the yardstick in its round ("first" or ""), seconds
+ceilings.csv    what the machine does at best: kind, dtype, amount per second, unit
+runs.json       what each run was measured on, by its number
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ COLUMNS = {
 }
 
 
+SAMPLES = "samples.csv.gz"
 TEXT = ["wrong", "note", "place", "run", "title", "work"]
 
 
@@ -64,7 +66,7 @@ def load(out: Path) -> Results:
     """What a folder holds, with empty tables for what is missing."""
 
     def table(name: str, columns: list[str]) -> pd.DataFrame:
-        path = out / f"{name}.csv"
+        path = out / name
         frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str)) if path.exists() else pd.DataFrame(columns=columns)
         for column in ("wrong", "note", "place"):
             if column in frame:
@@ -73,9 +75,9 @@ def load(out: Path) -> Results:
 
     path = out / "runs.json"
     return Results(
-        table("results", list(COLUMNS)),
-        table("samples", [*KEY, "round", "place", "seconds", "run"]),
-        table("ceilings", ["kind", "dtype", "per_second", "unit", "run"]),
+        table("results.csv", list(COLUMNS)),
+        table(SAMPLES, [*KEY, "round", "place", "seconds", "run"]),
+        table("ceilings.csv", ["kind", "dtype", "per_second", "unit", "run"]),
         json.loads(path.read_text()) if path.exists() else {},
     )
 
@@ -84,14 +86,15 @@ def save(out: Path, results: Results) -> None:
     """Written beside and then put in place, so that a run stopped at any moment leaves whole files."""
     out.mkdir(parents=True, exist_ok=True)
     rows = results.rows.reindex(columns=list(COLUMNS))
-    for name, frame in (("results", rows), ("samples", results.samples), ("ceilings", results.ceilings)):
-        replace(out / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    replace(out / "runs.json", json.dumps(results.runs, indent=1) + "\n")
+    for name, frame in (("results.csv", rows), (SAMPLES, results.samples), ("ceilings.csv", results.ceilings)):
+        text = frame.to_csv(index=False, float_format="%.6g").encode()
+        replace(out / name, gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
+    replace(out / "runs.json", json.dumps(results.runs, indent=1).encode() + b"\n")
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: bytes) -> None:
     beside = path.with_suffix(path.suffix + ".part")
-    beside.write_text(text)
+    beside.write_bytes(content)
     beside.replace(path)
 
 

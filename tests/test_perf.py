@@ -37,6 +37,7 @@ from perf import (  # noqa: E402
     grid,
     limits,
     measure,
+    noise,
     peaks,
     plan,
     providers,
@@ -646,21 +647,24 @@ def test_report_renders_again_from_the_csvs(written: Path) -> None:
     assert str(written) not in before
 
 
-def ranked(times: float, wrong: str = "", noise: float = 0.0) -> findings.Findings:
-    lines = []
+def ranked(times: float, wrong: str = "", scatter: float = 0.0) -> findings.Findings:
+    lines, samples = [], []
     for provider, ratio in (("ours", 1.0), ("plain", times)):
         line = fp32_line(provider, STEP, median_s=ratio, x_gemm=3.0 * ratio, times_ours=ratio, beyond_mb=1.0)
-        lines.append({**line, "work": "all classes", "q25_s": ratio * (1 - noise), "q75_s": ratio * (1 + noise),
+        lines.append({**line, "work": "all classes", "q25_s": ratio, "q75_s": ratio,
                       "wrong": wrong if provider == "plain" else "", "note": "", "run": "1", "limit_s": 0.5,
                       "peak_mb": 2.0, "error_dx": 0.0, "error_dw": 0.0, "error_loss": 0.0})  # fmt: skip
+        off = scatter if provider == "plain" else 0.0
+        samples += [{**{name: line[name] for name in results.KEY}, "round": k, "place": "",
+                     "seconds": ratio * (1.0 + off * (2 * (k % 2) - 1))} for k in range(6)]  # fmt: skip
     empty = results.load(Path("/nonexistent"))
-    return findings.find(empty._replace(rows=pd.DataFrame(lines)))
+    return findings.find(empty._replace(rows=pd.DataFrame(lines), samples=pd.DataFrame(samples)))
 
 
 def test_the_first_sentence_counts_what_is_beyond_the_noise() -> None:
     assert findings.sentence(ranked(2.0)).startswith("Ours is faster in 1 of 1")
     assert "slower in 1" in findings.sentence(ranked(0.5))
-    assert "within the noise in 1" in findings.sentence(ranked(1.1, noise=0.2))
+    assert "within the noise in 1" in findings.sentence(ranked(1.1, scatter=0.2))
     assert len(report.behind(ranked(0.5))) == 1
     assert report.behind(ranked(0.5))[0]["times"] == 2.0
 
@@ -718,24 +722,26 @@ def test_readmes_numbers_follow_the_results(written: Path) -> None:
 
 
 def slowed(before: results.Results, factor: float, **changed: object) -> results.Results:
-    rows = before.rows.copy()
+    rows, samples = before.rows.copy(), before.samples.copy()
     ours = rows["provider"].str.startswith("ours")
-    for column in ("median_s", "x_gemm", "q25_s", "q75_s"):
-        rows.loc[ours, column] *= factor
+    rows.loc[ours, ["median_s", "x_gemm"]] *= factor
+    samples.loc[samples["provider"].str.startswith("ours"), "seconds"] *= factor
     for column, value in changed.items():
         rows.loc[ours, column] = value
-    return before._replace(rows=rows)
+    return before._replace(rows=rows, samples=samples)
+
+
+def spread(found: results.Results, part: float) -> results.Results:
+    """The run as if its steps had scattered by that part of their time, and nothing else."""
+    samples = found.samples.copy()
+    place = samples["round"] % 2
+    samples["seconds"] = 1.0 + part * (2 * place - 1) * (samples["provider"] != grid.YARDSTICK)
+    return found._replace(samples=samples)
 
 
 @pytest.fixture
 def steady(written: Path) -> results.Results:
-    """The run as if the machine had been quiet: quartiles and yardsticks close together."""
-    found = results.load(written)
-    rows = found.rows.assign(q25_s=0.99 * found.rows["median_s"], q75_s=1.01 * found.rows["median_s"])
-    samples = found.samples.copy()
-    yard = samples["provider"] == grid.YARDSTICK
-    samples.loc[yard, "seconds"] = 1.0 + 0.002 * (samples.loc[yard, "place"] == "first")
-    return found._replace(rows=rows, samples=samples)
+    return spread(results.load(written), 0.001)
 
 
 def test_a_slowdown_of_fifteen_percent_is_found(steady: results.Results) -> None:
@@ -750,11 +756,25 @@ def test_a_slowdown_of_fifteen_percent_is_found(steady: results.Results) -> None
 
 
 def test_noise_hides_what_it_must(steady: results.Results) -> None:
-    rows = steady.rows.assign(q25_s=0.7 * steady.rows["median_s"], q75_s=1.3 * steady.rows["median_s"])
-    noisy = steady._replace(rows=rows)
+    noisy = spread(steady, 0.5)
     found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
     assert set(found["verdict"]) == {""}
     assert any("ours as a whole" in line for line in compare.regressions(found, 0.1)), "many rows see it all the same"
+
+
+def test_a_bands_width_is_that_of_the_ratio() -> None:
+    def line(provider: str, number: int, seconds: float, place: str = "") -> dict[str, object]:
+        size = {"loss": "arcface", "dtype": "float32", "N": 1, "D": 1, "C": 1, "device": "cpu"}
+        return {**size, "provider": provider, "mode": STEP, "round": number, "place": place, "seconds": seconds}
+
+    # A machine that slows down as a whole scatters times and not ratios.
+    lines = [line(name, k, (1.0 + k) * factor) for k in range(8) for name, factor in (("ours", 1.0), ("plain", 2.0))]
+    assert noise.of_ratios(pd.DataFrame(lines), "ours").tolist() == pytest.approx([0.0, 0.0])
+    lines = [line("ours", k, 1.0) for k in range(8)] + [line("plain", k, 2.0 + k % 2) for k in range(8)]
+    found = noise.of_ratios(pd.DataFrame(lines), "ours")
+    assert found.tolist() == pytest.approx([0.0, 1.2533 / 1.349 / math.sqrt(8) / 2.5])
+    yard = [line("gemm", k, 1.0, "first") for k in range(8)] + [line("gemm", k, 1.0 + 0.1 * (k % 2)) for k in range(8)]
+    assert noise.of_yardstick(pd.DataFrame(yard)) == pytest.approx(1.2533 * 0.1 / 1.349 / math.sqrt(8) / 1.05)
 
 
 def test_wrong_results_errors_and_memory_are_regressions_too(steady: results.Results) -> None:
