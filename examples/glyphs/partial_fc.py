@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -80,6 +81,7 @@ def report(options: argparse.Namespace, state: Run, ranks: int, glyphs: fonts.Gl
         "loss": fmean(progress["losses"]),
         **numbers,
         "recipe": asdict(state.settings.recipe),
+        "date": time.strftime("%Y-%m-%d"),
         "machine": page.machine(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
