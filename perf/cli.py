@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +85,8 @@ def run(
     for file, why in discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
     stopped = False
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     with bar() as progress:
         try:
             runs.go(plan, out, facts, fresh, progress)
