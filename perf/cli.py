@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -84,16 +86,25 @@ def run(
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
     for file, why in discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
-    stopped = False
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
-        signal.signal(number, signal.default_int_handler)
-    with bar() as progress:
+    with bar() as progress, interruptible():
+        stopped = False
         try:
             runs.go(plan, out, facts, fresh, progress)
         except KeyboardInterrupt:
             stopped = True
     written(out, "stopped; the same command goes on from here. " if stopped else "")
     raise typer.Exit(130 if stopped else 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt: a shell's background jobs ignore the first by default."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def written(out: Path, before: str = "") -> None:
