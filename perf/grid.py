@@ -136,7 +136,7 @@ PLANS = {
             Grid((131_072,), (512,), (256,), BOTH, ("softmax",), ("ours", "torch-lce"), (STEP,)),
             LINEAR,
         ),
-        Budget(5, 5, 0.0, 3.0),
+        Budget(5, 5, 0.0, 6.0),
     ),
     "default": Plan(
         (
@@ -146,7 +146,7 @@ PLANS = {
             Grid((131_072,), (512,), (256,), BOTH, ("softmax",), SOFTMAX, (STEP,)),
             Grid((10_000, 100_000), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
         ),
-        Budget(5, 10, 1.0, 3.0, patience=6.0),
+        Budget(5, 10, 1.0, 6.0, patience=8.0),
     ),
     # No public table of fused softmax cross-entropy has D = 512 and C >= 10^6.
     "full": Plan(
