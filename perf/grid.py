@@ -120,6 +120,7 @@ UNCOMPILED = tuple(name for name in EVERYONE if name != "plain-compiled")  # it 
 MANY = (10_000, 100_000, 1_000_000)
 # The rows that promise something, in every mode.
 PROMISED = Grid((131_072,), (512,), (32, 256), BOTH, providers=("ours", "ours-retain", "plain", "pml"), modes=MODES)
+LARGE_BATCH = Grid((32_768,), (512,), (2048,), BOTH, providers=("ours", "ours-retain", "plain"), modes=(STEP,))
 OTHER_LOSSES = Grid((131_072,), (512,), (256,), BOTH, ("cosface", "arcface-straight-through"),
                     ("ours", "plain", "pml", "insightface"), (STEP,))  # fmt: skip
 
@@ -140,7 +141,7 @@ PLANS = {
     ),
     "default": Plan(
         (
-            PROMISED, LINEAR, SWEEPS, OTHER_LOSSES,
+            PROMISED, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
             Grid(MANY, (128, 512), (32, 256), BOTH,
                  providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
             Grid((131_072,), (512,), (256,), BOTH, ("softmax",), SOFTMAX, (STEP,)),
@@ -151,7 +152,7 @@ PLANS = {
     # No public table of fused softmax cross-entropy has D = 512 and C >= 10^6.
     "full": Plan(
         (
-            PROMISED, LINEAR, SWEEPS, OTHER_LOSSES,
+            PROMISED, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, providers=UNCOMPILED),
             Grid((4_000_000,), (128,), (32, 256), BOTH, providers=UNCOMPILED),
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, ("softmax",), SOFTMAX),

@@ -119,7 +119,7 @@ def speed_up(found: Findings) -> Figure | None:
             value = table.iat[i, j]
             if value == value:
                 axis.text(j, i, f"{value:.1f}x", ha="center", va="center", color="black", fontsize=9)
-        axis.set_xticks(range(table.shape[1]), [f"{c:.0e}".replace("e+0", "e") for c in table.columns], fontsize=8)
+        axis.set_xticks(range(table.shape[1]), [f"{c / 1000:,.0f}k" for c in table.columns], fontsize=8)
         axis.set_yticks(range(table.shape[0]), [str(n) for n in table.index])
         axis.set(title=f"{dtype}, D={d}", xlabel="C")
     axes[0][0].set_ylabel("N")
