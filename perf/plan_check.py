@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import tritonmargin as tm
-from perf.memory import allocations, peak_without, resident_growth
+from perf.peaks import allocations, peak_without, resident_growth
 from perf.scale import Head, chunk_on_cpu, memory
 from perf.terminal import Say
 

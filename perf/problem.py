@@ -84,13 +84,13 @@ class Problem:
         if weight is None:
             # In place from the start: a temporary copy of W would show up as memory in use.
             weight = torch.empty(self.classes, self.d, dtype=self.torch_dtype, device=self.device)
-            fill(weight, seed)
+            fill(weight, seed, self.device)
         return Tensors(x.requires_grad_(), weight.requires_grad_(), target, momentum)
 
 
-def fill(weight: Tensor, seed: int = 0) -> None:
+def fill(weight: Tensor, seed: int = 0, device: str = "cpu") -> None:
     """N(0, 0.01), whatever the content was."""
-    weight.normal_(std=0.01, generator=torch.Generator(weight.device).manual_seed(seed + 1))
+    weight.normal_(std=0.01, generator=torch.Generator(device).manual_seed(seed + 1))
 
 
 def cosine_of_margin(loss: str) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         kept = [line not in wanted for line in held.rows[KEY].itertuples(index=False, name=None)]
         held = held._replace(rows=held.rows[kept])
     open_ones = [again(row, held, plan) for row in held.rows.to_dict("records")]
-    known = results.done(held.rows[[not each for each in open_ones]])
+    known = results.done(held.rows[~pd.Series(open_ones, index=held.rows.index, dtype=bool)])
     left = {problem: [case for case in cases if key(case) not in known] for problem, cases in blocks.items()}
     left = {problem: cases for problem, cases in left.items() if cases}
     if not left:

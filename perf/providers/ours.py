@@ -118,7 +118,7 @@ def head_of(problem: Problem, weight: Tensor, **options: Any) -> tm.MarginSoftma
     """A head around rows that exist."""
     with torch.device("meta"):  # no second weight
         head = tm.MarginSoftmaxLoss(problem.d, problem.classes, margin_of(problem.loss), **options)
-    head.margin.to_empty(device=weight.device)
+    head.margin.to_empty(device=problem.device)
     head.weight = nn.Parameter(weight.detach())
     if head.sampler is not None:
         head.sampler = torch.tensor([head.seed, 0])
