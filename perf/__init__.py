@@ -14,13 +14,14 @@ A run:
     results.py    the CSVs and their schema
     noise.py      how far a ratio can be trusted
     findings.py   what the numbers say; bounds.py: what was promised
-    report.py     the page (page.html), with the pictures of plots.py
+    report.py     the page (page.html), with the pictures of plots.py; readme.py: the numbers of README.md
     compare.py    one run against another
     check.py      counts instead of times, against the committed counts.json
 
 What bounds a step on this machine: roofline.py (counts.py x rates.py), profiling.py.
 
-GPUs, from compiled code: kernels.py (compiled.py, static.py, gpus.py, kernel_plots.py), tune.py, counted.py, gate.py.
+GPUs, from compiled code: kernels.py (compiled.py, static.py, gpus.py, kernel_plots.py), tune.py, counted.py,
+executed.py, gate.py.
 
 Memory and time of settings before they run: plan.py, planned.py, scale.py, predicted.py, published.py, plan_check.py.
 """
