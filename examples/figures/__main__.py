@@ -22,7 +22,7 @@ MORE = "".join(map(chr, range(0x5341, 0x5341 + 200)))  # two hundred characters 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.figures", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("reports/figures"))
-    parser.add_argument("--steps", type=int, default=800, help="of every training")
+    parser.add_argument("--steps", type=int, default=400, help="of every training")
     parser.add_argument("--largest", type=int, default=100_000, help="classes of the largest untrained head")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
