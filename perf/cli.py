@@ -44,7 +44,7 @@ def words(text: str | None) -> tuple[str, ...]:
 @app.command()
 def run(
     quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: minutes on two cores")] = False,
-    full: Annotated[bool, typer.Option("--full", help="every size and provider: about an hour on two cores")] = False,
+    full: Annotated[bool, typer.Option("--full", help="every size and provider: hours on two cores")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
     classes: Annotated[str | None, typer.Option(help="instead of the sizes above, e.g. 1e4,1e6")] = None,
     dim: Annotated[str, typer.Option(help="widths of the embeddings, e.g. 128,512")] = "512",

@@ -16,7 +16,7 @@ from perf.problem import Problem, margin_of
 from perf.providers.base import Provider
 
 N, CLASSES = 64, 1000
-# Where full logits in plain torch stand: below a third of these (tests/test_perf_run.py).
+# Full logits in plain torch stand well below these, in float32 below a fifth (tests/test_perf.py).
 ERROR = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 5e-3}
 BIAS = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
 

@@ -42,7 +42,7 @@ def find(results: Results) -> Findings:
     measured = rows[rows["samples"] > 0]
     right = measured[measured["wrong"] == ""]
     ranked = right[~right["provider"].str.contains(SWEPT, regex=False)]
-    others = ranked[~ranked["provider"].str.startswith("ours")]
+    others = ranked[~ranked["provider"].str.startswith("ours") & ranked["band"].map(math.isfinite)]
     counts = {
         "cases": len(rows), "measured": len(measured), "wrong": int((measured["wrong"] != "").sum()),
         "compared": len(others), "ahead": int((others["times_ours"] > 1.0 + others["band"]).sum()),
@@ -85,7 +85,7 @@ def headline(ranked: pd.DataFrame) -> pd.DataFrame:
         lines.append({
             "dtype": dtype, "N": n, "D": d, "C": c, "ours_s": ours["median_s"], "ours_mb": ours["beyond_mb"],
             "x_gemm": ours["x_gemm"], "fraction": ours["fraction"], "other": best["title"],
-            "other_s": best["median_s"], "other_mb": best["beyond_mb"], "times": best["times_ours"],
+            "other_time": step_words(best), "other_mb": best["beyond_mb"], "times": best["times_ours"],
         })  # fmt: skip
     made = pd.DataFrame(lines)
     return made if made.empty else made[made["D"] == made["D"].max()]
@@ -166,6 +166,15 @@ def seconds(value: float) -> str:
     if pd.isna(value):
         return ""
     return f"{digits(value * 1e3)} ms" if value < 1.0 else f"{digits(value)} s"
+
+
+def step_words(row: Any) -> str:
+    """The time of a row's step, and whether it is of a single one."""
+    return seconds(row["median_s"]) + (" (one step)" if row["samples"] == 1 else "")
+
+
+def percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else ""
 
 
 def megabytes(value: float) -> str:

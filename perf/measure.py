@@ -2,8 +2,8 @@
 
 At a size every provider has a process of its own; W and the optimiser's state exist once, in memory that they share.
 First each is checked against float64 (correct.py), then they take turns: the yardstick, A, B, C, ..., the yardstick
-again, round after round. What changes during a run (clock rates, neighbours) so meets every row alike; a row is divided
-by the yardstick and by our row of the same round, and how much the two yardsticks of a round differ is the noise.
+again, round after round. What changes during a run (clock rates, neighbours) so meets every row alike, and a row is
+divided by the yardstick and by our row of the same round.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ def of_ratios(samples: pd.DataFrame, against: str) -> pd.Series:
 
 
 def bands(rows: pd.DataFrame, samples: pd.DataFrame, against: str) -> pd.Series:
-    """What a row's ratio has to differ by, relative, to differ at all; aligned with the rows."""
+    """What a row's ratio has to differ by, relative, to differ at all; aligned with the rows.
+
+    Infinite where there was one round: nobody knows.
+    """
     known = of_ratios(samples, against)
     found = [known.get(tuple(key), math.nan) for key in rows[KEY].itertuples(index=False, name=None)]
-    return (SURE * pd.Series(found, index=rows.index, dtype=float)).fillna(0.0).clip(lower=LEAST)
+    return (SURE * pd.Series(found, index=rows.index, dtype=float)).fillna(math.inf).clip(lower=LEAST)

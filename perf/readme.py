@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import machine
-from perf.findings import find, megabytes, seconds, sentence
+from perf import grid, machine
+from perf.findings import find, megabytes, seconds, sentence, step_words
 from perf.grid import YARDSTICK
 from perf.providers.base import STEP, WHOLE
 from perf.report import markdown
-from perf.results import Results
+from perf.results import Results, done
+from perf.run import key
 from perf.terminal import digits
 
 BEGIN, END = "<!-- numbers: python -m perf readme -->", "<!-- end of numbers -->"
@@ -42,7 +43,8 @@ def numbers(results: Results) -> str:
         "inputs:",
         markdown(whole(rows)),
         promises(found.promised),
-        measured_on(results),
+        complete(results),
+        *measured_on(results),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -66,7 +68,7 @@ def speed(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
         line = {"": title}
         for dtype, n in here:
             row = cell(rows, dtype=dtype, N=n, D=D, C=C, provider=provider, mode=mode, loss=loss)
-            line[heading(dtype, n)] = "" if row is None else f"{seconds(row['median_s'])}, **{digits(row['x_gemm'])}**"
+            line[heading(dtype, n)] = "" if row is None else f"{step_words(row)}, **{digits(row['x_gemm'])}**"
         if any(value for name, value in line.items() if name):
             lines.append(line)
     return pd.DataFrame(lines)
@@ -97,7 +99,7 @@ def whole(rows: pd.DataFrame) -> pd.DataFrame:
         line = {"": title}
         for d, c in ((512, 100_000), (128, 1_000_000), (512, 1_000_000)):
             row = cell(rows, dtype="float32", N=256, D=d, C=c, provider=provider, mode=WHOLE, loss="arcface")
-            said = "" if row is None else ", ".join(filter(None, [seconds(row["median_s"]), megabytes(row["peak_mb"])]))
+            said = "" if row is None else ", ".join(filter(None, [step_words(row), megabytes(row["peak_mb"])]))
             line[f"D={d}, C={c:,}"] = said
         lines.append(line)
     return pd.DataFrame(lines)
@@ -115,11 +117,24 @@ def promises(promised: pd.DataFrame) -> str:
     return f"{said}." if not missed else f"{said}. Missed: {'; '.join(missed)}."
 
 
-def measured_on(results: Results) -> str:
-    """The run that the table's rows are from."""
-    here = cell(results.rows, D=D, C=C, provider="ours", mode=STEP)
-    run = results.rows["run"].iloc[-1] if here is None else here["run"]
-    return f"Measured on {machine.one_line(results.runs[str(run)])}."
+def complete(results: Results) -> str:
+    """How much of `--full` is there."""
+    blocks, known = grid.PLANS["full"].blocks(), done(results.rows)
+    whole = sum(all(key(case) in known for case in cases) for cases in blocks.values())
+    cases = [case for block in blocks.values() for case in block]
+    held = sum(key(case) in known for case in cases)
+    return (
+        f"The committed table holds {held:,} of the {len(cases):,} cases of `--full`, and {whole} of its {len(blocks)} "
+        "sizes whole; `python -m perf run --full` goes on with the rest."
+    )
+
+
+def measured_on(results: Results) -> list[str]:
+    """Every run that rows are from."""
+    used = results.rows["run"].astype(str).value_counts()
+    return ["Measured on:", "\n".join(
+        f"- {machine.one_line(facts)}: {used[number]} rows" for number, facts in results.runs.items() if number in used
+    )]  # fmt: skip
 
 
 def rewritten(text: str, results: Results) -> str:

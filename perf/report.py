@@ -9,10 +9,12 @@ import jinja2
 import pandas as pd
 
 from perf import machine, plots
-from perf.findings import Findings, find, megabytes, seconds, sentence, size_words
+from perf.findings import Findings, find, megabytes, percent, seconds, sentence, size_words
 from perf.results import COLUMNS, Results
 from perf.terminal import digits
 
+# Columns that hold words.
+WORDS = ("mode", "promised", "fastest, exact", "least memory, exact", "fastest other", "why", "where", "said")
 TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 
 
@@ -30,7 +32,7 @@ def write(out: Path, results: Results) -> Path:
             "light": plots.svg(picture, found, dark=False), "dark": plots.svg(picture, found, dark=True),
         })  # fmt: skip
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.globals["zip"] = zip
+    environment.globals.update(zip=zip, words=WORDS)
     environment.filters.update(seconds=seconds, megabytes=megabytes, digits=digits)
     page = environment.from_string(TEMPLATE.read_text()).render(**content(found, results), pictures=drawn)
     path = out / "index.html"
@@ -156,8 +158,8 @@ def full_table(found: Findings) -> list[tuple[str, pd.DataFrame]]:
             "": part["title"], "mode": part["mode"], "median": part["median_s"].map(seconds),
             "quartiles": [f"{seconds(a)} to {seconds(b)}" for a, b in zip(part["q25_s"], part["q75_s"], strict=True)],
             "samples": part["samples"].astype(int).astype(str), "GEMMs": part["x_gemm"].map(digits),
-            "times ours": part["times_ours"].map(digits), "noise": part["band"].map("{:.0%}".format),
-            "of the limit": part["fraction"].map(lambda value: "" if pd.isna(value) else f"{value:.0%}"),
+            "times ours": part["times_ours"].map(digits), "noise": part["band"].map(percent),
+            "of the limit": part["fraction"].map(percent),
             "peak": part["peak_mb"].map(megabytes), "without dW": part["beyond_mb"].map(megabytes),
             "said": part["wrong"].where(part["wrong"] != "", part["note"]),
         })))  # fmt: skip
@@ -216,8 +218,8 @@ def on_terminal(results: Results) -> list[tuple[str, pd.DataFrame]]:
 def headline_table(found: Findings) -> pd.DataFrame:
     return pd.DataFrame([
         {"size": size_words(row), "ours": seconds(row["ours_s"]), "GEMMs": digits(row["x_gemm"]),
-         "of the limit": "" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%}",
-         "fastest other": row["other"], "its time": seconds(row["other_s"]), "times ours": digits(row["times"]),
+         "of the limit": percent(row["fraction"]),
+         "fastest other": row["other"], "its time": row["other_time"], "times ours": digits(row["times"]),
          "ours, memory": megabytes(row["ours_mb"]), "its memory": megabytes(row["other_mb"])}
         for row in found.headline.to_dict("records")
     ])  # fmt: skip
@@ -242,17 +244,5 @@ def summary(found: Findings, results: Results, pictures: list[str]) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    words = {
-        "",
-        "mode",
-        "size",
-        "promised",
-        "met",
-        "fastest, exact",
-        "least memory, exact",
-        "fastest other",
-        "why",
-        "where",
-    }
-    align = ["left" if name in words else "right" for name in frame]
+    align = ["left" if name in ("", "size", "met", *WORDS) else "right" for name in frame]
     return frame.to_markdown(index=False, colalign=align, disable_numparse=True) if len(frame) else ""

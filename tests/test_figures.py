@@ -59,6 +59,7 @@ def test_everything_is_drawn(tmp_path: Path) -> None:
         "convergence.png", "curves.png", "hinges.png", "numbers.json", "plane_digits.png", "plane_glyphs.png",
     }  # fmt: skip
     numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert {"date", "machine", "steps", "batch"} <= set(numbers)
     assert set(numbers["digits"]) == set(numbers["glyphs"]) == set(planes.losses(4))
     assert set(numbers["convergence"]) == set(hinges.NAMES)
     for line in numbers["digits"].values():

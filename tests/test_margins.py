@@ -383,6 +383,23 @@ def test_numbers_survive_deferred_initialisation(where: str) -> None:
     assert margin.m2.dtype == torch.float64
 
 
+def test_a_margins_own_buffers_are_its_own_business() -> None:
+    """What `number` did not register is neither shown nor kept: it may have any shape, and no value on meta."""
+
+    class Counting(CosFace):
+        def __init__(self) -> None:
+            super().__init__(m=0.2)
+            self.register_buffer("seen", torch.zeros(3), persistent=False)
+
+    with torch.device("meta"):
+        margin = Counting()
+    assert "seen" not in repr(margin)
+    margin.to_empty(device="cpu")
+    assert margin.seen.shape == (3,)
+    assert float(margin.m) == 0.2
+    assert Counting().half().seen.dtype == torch.float16
+
+
 @pytest.mark.parametrize("change", ["half", "bfloat16", "float"])
 def test_numbers_keep_their_precision(change: str) -> None:
     """A model in half precision must not round m = 0.35 to 0.3501."""

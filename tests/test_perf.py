@@ -1,13 +1,9 @@
-"""The perf suite: what it measures, checks, compares and writes, at tiny sizes. No test looks at a time of ours."""
+"""The perf suite: who is measured, whether each is right, its processes, memory and counts; no test looks at a time."""
 
 from __future__ import annotations
 
-import html.parser
 import json
-import math
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,28 +23,18 @@ from typer.testing import CliRunner  # noqa: E402
 
 import tritonmargin as tm  # noqa: E402
 from perf import (  # noqa: E402
-    bounds,
-    ceilings,
     check,
-    compare,
     correct,
     counts,
-    findings,
     grid,
     limits,
-    measure,
-    noise,
     peaks,
     plan,
     providers,
-    readme,
-    report,
-    results,
     roofline,
     shared,
 )
 from perf.cli import app  # noqa: E402
-from perf.grid import Budget, Case, Grid  # noqa: E402
 from perf.problem import LOSSES, Problem, margin_of  # noqa: E402
 from perf.providers.base import MODES, STEP, WHOLE, Provider  # noqa: E402
 from perf.worker import Failed, Worker  # noqa: E402
@@ -63,10 +49,6 @@ def ready(name: str, problem: Problem = SMALL) -> Provider:
     provider = providers.make(name)
     provider.prepare(problem, problem.tensors())
     return provider
-
-
-def quiet(_: str) -> None:
-    """Says nothing."""
 
 
 # -- providers ---------------------------------------------------------------------------------------------------
@@ -200,6 +182,25 @@ def test_what_does_not_fit_is_a_failure_and_not_the_end(worker: Worker) -> None:
     assert worker.ask("step", STEP)[0] > 0
 
 
+def test_a_process_cannot_have_more_than_is_left() -> None:
+    """The limit is the kernel's: memory that the machine has is refused too, once nothing more may be given away."""
+    code = """
+import torch
+from perf import limits
+torch.ones(100 << 18)  # 100 MB, to start with
+limits.available_bytes = lambda: 0
+left = limits.limit_memory()
+torch.ones(left // 8)  # half of it
+try:
+    torch.ones(left // 2)  # twice as much
+except RuntimeError as error:
+    print("refused:", error)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "can't allocate memory" in done.stdout
+
+
 def test_a_worker_that_takes_too_long_is_stopped(worker: Worker) -> None:
     worker.ask("prepare", SMALL, ())
     begin = time.monotonic()
@@ -288,511 +289,7 @@ def test_plan_retains_what_fits() -> None:
     assert plan.plan(p, memory=1 << 40).retained == p.classes
 
 
-# -- one size, in turns ------------------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A worker whose times are written down: the first is the warm-up."""
-
-    times: dict[str, list[float]] = {}  # noqa: RUF012
-    order: list[str] = []  # noqa: RUF012
-    loss: dict[str, float] = {}  # noqa: RUF012
-
-    def __init__(self, name: str, threads: int) -> None:
-        self.name, self.alive, self.left = name, True, iter(self.times[name])
-
-    def ask(self, command: str, *arguments: object, timeout: float | None = None) -> object:
-        if command in ("step", "first"):
-            self.order.append(self.name)
-            took = next(self.left)
-            if took == math.inf:
-                raise Failed("out of luck")
-            loss = self.loss.get(self.name, 7.0)
-            return (took, loss) if command == "step" else (took, loss, 1.0)
-        return {"supports": None, "prepare": None, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
-
-    def stop(self) -> None:
-        self.alive = False
-
-
-def scripted(
-    monkeypatch: pytest.MonkeyPatch,
-    times: dict[str, list[float]],
-    loss: dict[str, float] | None = None,
-    longest: float = 50,
-) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    monkeypatch.setattr(measure, "Worker", Scripted)
-    monkeypatch.setattr(Scripted, "times", times)
-    monkeypatch.setattr(Scripted, "order", [])
-    monkeypatch.setattr(Scripted, "loss", loss or {})
-    cases = [Case(SMALL, name, STEP) for name in times if name != "gemm"]
-    block = measure.measure(SMALL, cases, Budget(3, 3, 0.0, longest), 1, measure.History(), measure.Checks(), quiet)
-    return pd.DataFrame(block.rows).set_index("provider"), pd.DataFrame(block.samples), Scripted.order
-
-
-def test_providers_take_turns_and_are_divided_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, samples, order = scripted(monkeypatch, {
-        "gemm": [1.0, 1.0, 1.5, 2.5, 4.0, 4.0], "ours": [9.0, 3.0, 8.0, 16.0], "plain": [9.0, 9.0, 16.0, 80.0],
-    })  # fmt: skip
-    assert order == ["ours", "plain", *["gemm", "ours", "plain", "gemm"] * 3]  # first steps, then three rounds
-    assert list(rows["samples"]) == [3, 3]
-    ours, plain = rows.loc["ours"], rows.loc["plain"]
-    assert (ours["q25_s"], ours["median_s"], ours["q75_s"]) == (5.5, 8.0, 12.0)  # without the first step
-    assert ours["x_gemm"] == 4.0  # median of 3/1, 8/2, 16/4
-    assert plain["x_gemm"] == 9.0  # median of 9, 8, 20
-    assert plain["times_ours"] == 3.0  # median of 3, 2, 5
-    assert ours["peak_mb"] == 2.0
-    assert len(samples) == 12
-    assert (samples["place"] == "first").sum() == 3
-
-
-def test_a_failing_case_is_a_row_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _, _ = scripted(monkeypatch, {
-        "gemm": [1.0] * 6, "ours": [1.0] * 4, "plain": [1.0, 1.0, math.inf], "insightface": [math.inf],
-    })  # fmt: skip
-    assert rows.at["ours", "samples"] == 3
-    assert (rows.at["plain", "samples"], rows.at["plain", "note"]) == (1, "out of luck")
-    assert (rows.at["insightface", "samples"], rows.at["insightface", "note"]) == (0, "out of luck")
-
-
-def test_a_step_past_the_budget_is_measured_once_and_predicted_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _, order = scripted(monkeypatch, {"gemm": [1.0] * 6, "ours": [1.0] * 4, "plain": [60.0]})
-    assert order.count("plain") == 1
-    assert (rows.at["plain", "samples"], rows.at["plain", "median_s"]) == (1, 60.0)
-    assert rows.at["plain", "note"] == "one step, the first: past the budget of 50 s"
-    history = measure.History()
-    small = Case(SMALL, "plain", STEP)
-    assert history.predict(small) is None
-    history.add(small, 2.0)
-    history.add(Case(replace(SMALL, n=24), "plain", STEP), 3.0)
-    assert history.predict(Case(replace(SMALL, classes=600), "plain", STEP)) == pytest.approx(6.0)
-    assert history.predict(Case(replace(SMALL, n=24, classes=600), "plain", STEP)) == pytest.approx(9.0)
-    assert history.predict(Case(replace(SMALL, d=32, n=6), "plain", STEP)) == pytest.approx(4.0)
-    assert history.predict(Case(SMALL, "plain", WHOLE)) is None
-
-
-def test_a_loss_that_is_not_ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"gemm": [1.0] * 6, "ours": [1.0] * 4, "plain": [1.0] * 4}
-    rows, _, _ = scripted(monkeypatch, times, {"plain": 7.1})
-    assert rows.at["plain", "wrong"] == "its loss is 7.1, ours 7"
-    assert rows.at["ours", "wrong"] == ""
-
-
-def test_missing_packages_and_gpus_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [Case(replace(SMALL, loss="softmax"), name, STEP) for name in ("ours", "liger", "nobody")]
-    block = measure.measure(
-        cases[0].problem, cases, Budget(1, 1, 0.0, 9.0), 1, measure.History(), measure.Checks(), quiet
-    )
-    notes = {row["provider"]: row["note"] for row in block.rows}
-    assert notes["ours"] == ""
-    assert "GPU" in notes["liger"] or "installed" in notes["liger"]
-    assert "nobody" in notes["nobody"]
-
-
-# -- grids -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", grid.PLANS)
-def test_plans_name_what_exists(name: str) -> None:
-    for problem, cases in grid.PLANS[name].blocks().items():
-        assert len(set(cases)) == len(cases)
-        for case in cases:
-            providers.split(case.provider)
-            assert case.problem == problem
-            assert grid.offers(case.provider, problem.loss, case.mode)
-    with pytest.raises(ValueError, match="losses"):
-        Grid((10,), losses=("arcfase",))
-    with pytest.raises(ValueError, match="classes"):
-        Grid((0,))
-
-
-@pytest.mark.parametrize("name", ["quick", "default", "full"])
-def test_every_bound_is_covered_with_enough_samples(name: str) -> None:
-    chosen = grid.PLANS[name]
-    cases = {case for cases in chosen.blocks().values() for case in cases}
-    assert chosen.budget.rounds >= 5
-    for bound in bounds.BOUNDS:
-        problem = Problem(bound.n, bound.d, bound.classes, bound.dtype)
-        assert Case(problem, bound.provider, bound.mode) in cases, bound
-        assert Case(problem, "ours", bound.mode) in cases
-
-
-def test_the_full_plan_is_the_promised_table() -> None:
-    blocks = grid.PLANS["full"].blocks()
-    for c in (10_000, 100_000, 1_000_000):
-        for n in (32, 256, 1024):
-            for d in (128, 512):
-                for dtype in ("float32", "bfloat16"):
-                    cases = blocks[Problem(n, d, c, dtype)]
-                    names = {case.provider for case in cases}
-                    assert names >= {*grid.OURS, "plain", "pml", "plain-sampled"}
-                    assert {case.mode for case in cases} >= {"forward", STEP, WHOLE}
-    assert Problem(256, 128, 4_000_000) in blocks
-
-
-def fp32_line(provider: str, mode: str, **numbers: float) -> dict[str, object]:
-    return {"loss": "arcface", "provider": provider, "title": provider, "mode": mode, "dtype": "float32", "N": 256,
-            "D": 512, "C": 131_072, "device": "cpu", "samples": 5, "rss_mb": math.nan, "beyond_mb": math.nan,
-            "median_s": math.nan, "times_ours": math.nan, "x_gemm": math.nan, **numbers}  # fmt: skip
-
-
-def test_bounds_are_checked_where_they_apply() -> None:
-    checked = bounds.check(pd.DataFrame([
-        fp32_line("ours", STEP, x_gemm=3.91),
-        fp32_line("ours-retain", STEP, x_gemm=3.0),
-        fp32_line("ours", "forward", x_gemm=1.0),
-        fp32_line("plain", STEP, x_gemm=9.0, times_ours=2.4),
-        fp32_line("ours", "no-grad", x_gemm=50.0),
-        fp32_line("ours", STEP, x_gemm=50.0) | {"D": 64},
-    ]))  # fmt: skip
-    assert list(checked["met"]) == [False, True, True, True]
-    assert checked["promised"].iloc[0] == "at most 3.9 GEMMs"
-    assert checked["promised"].iloc[3] == "at least 2.4 times ours"
-
-
-def test_rounds_follow_the_budget() -> None:
-    budget = Budget(5, 15, 1.0, 10.0, patience=12.0)
-    assert [budget.another(number, 0.1) for number in (0, 4, 5, 14)] == [True] * 4
-    assert not budget.another(5, 1.0)  # enough rounds, and enough time
-    assert budget.another(4, 11.0)
-    assert not budget.another(3, 12.0)  # three rounds of long steps are enough
-    assert budget.another(2, 12.0)
-
-
-def test_growth_time_per_class_and_resident_set() -> None:
-    def line(classes: int, peak: float, seconds: float) -> dict[str, object]:
-        return fp32_line("ours", STEP, beyond_mb=peak, median_s=seconds, rss_mb=600.0) | {"C": classes, "D": 128}
-
-    frame = pd.DataFrame([line(10_000, 1.0, 1.0), line(100_000, 10.0, 2.0), line(1_000_000, 11.0, 24.0)])
-    made = bounds.derive(frame)
-    assert made["growth"].isna().tolist() == [True, False, False]
-    assert made["growth"].iloc[2] == pytest.approx(1.1)
-    assert made["per_class"].iloc[2] == pytest.approx(1.2)
-    assert made["beyond_rss_mb"].iloc[2] == pytest.approx(600.0 - 512.0)
-    checked = bounds.check(frame).set_index("promised")["met"]
-    assert not checked["at most 1.15 times the time per class at C=10^5"]
-    assert checked["at most 100 MB of the resident set beyond them"]
-
-
-# -- a run, and its page -----------------------------------------------------------------------------------------
-
-TINY = ["--classes", "300,2000", "--dim", "16", "--batch", "8", "--threads", "1", "--modes", f"forward,{STEP},{WHOLE}"]
-RUN = [
-    "run",
-    "--tiny",
-    *TINY,
-    "--providers",
-    "ours,ours-retain,ours-in-backward,ours-sampled,ours:retain=0.5,plain,pml",
-]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("reports")
-    before = torch.get_num_threads()
-    done = CliRunner().invoke(app, [*RUN, "--dtype", "fp32,bf16", "--out", str(out)])
-    torch.set_num_threads(before)
-    assert done.exit_code == 0, done.output
-    assert "comparisons with other code" in done.output
-    return out
-
-
-def test_a_run_leaves_data_with_a_schema(written: Path) -> None:
-    found = results.load(written)
-    assert list(found.rows.columns) == list(results.COLUMNS)
-    assert (found.rows["samples"] > 0).all(), found.rows[found.rows["samples"] == 0].to_string()
-    assert (found.rows["wrong"] == "").all(), found.rows["wrong"].unique()
-    assert set(found.rows["provider"]) == set(RUN[-1].split(","))
-    assert {"GEMM", "exp", "copy"} == set(found.ceilings["kind"])
-    for name in ("cpu", "cores", "caches", "torch", "threads", "date", "load_before", "commit", "versions", "budget"):
-        assert name in found.runs["1"]
-    # A row's numbers are those of its samples.
-    row = found.rows[(found.rows["provider"] == "plain") & (found.rows["mode"] == STEP)].iloc[0]
-    own = found.samples
-    for name in results.KEY:
-        own = own[own[name] == row[name]]
-    assert own["seconds"].median() == pytest.approx(row["median_s"], rel=1e-4)
-
-
-def test_a_second_run_measures_only_what_is_missing(written: Path, tmp_path: Path) -> None:
-    out = tmp_path / "copy"
-    shutil.copytree(written, out)
-    before = (out / "results.csv").read_text()
-    assert CliRunner().invoke(app, [*RUN, "--dtype", "fp32,bf16", "--out", str(out)]).exit_code == 0
-    assert (out / "results.csv").read_text() == before
-    more = [*RUN[:-1], "ours,insightface", "--losses", "cosface", "--dtype", "fp32", "--out", str(out)]
-    assert CliRunner().invoke(app, more).exit_code == 0
-    found = results.load(out)
-    assert set(found.runs) == {"1", "2"}
-    assert set(found.rows.loc[found.rows["run"] == "2", "loss"]) == {"cosface"}
-    assert (found.rows["run"] == "1").sum() == len(before.splitlines()) - 1
-
-
-def test_a_longer_budget_tries_again_what_was_left_out(tmp_path: Path) -> None:
-    line = ["run", *TINY, "--classes", "2000", "--modes", STEP, "--providers", "ours,plain", "--out", str(tmp_path)]
-    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert found["note"].str.startswith("one step, the first").all()
-    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
-    assert set(results.load(tmp_path).runs) == {"1"}
-    assert CliRunner().invoke(app, [*line, "--longest", "100"]).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert (found["note"] == "").all()
-    assert (found["samples"] >= 5).all()
-    assert set(found["run"]) == {"2"}
-
-
-def test_control_c_leaves_a_valid_part(tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "perf", *RUN[:-1], "ours,plain", "--classes", "300,400,500,600,700,800,900,1000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(out)], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 120
-    while not (out / "results.csv").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    found = results.load(out)
-    assert len(found.rows) > 0
-    if process.returncode == 130:  # it was not done by then
-        assert "goes on from here" in said
-        assert len(found.rows) < 8 * 6
-        assert "stopped" not in (out / "index.html").read_text()
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would look for: pictures, the numbers of the first screen, links."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pictures: list[dict[str, str | None]] = []
-        self.times: list[float] = []
-        self.anchors: set[str] = set()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if tag in ("img", "source"):
-            self.pictures.append(found)
-        if "data-value" in found:
-            self.times.append(float(found["data-value"] or "nan"))
-        if found.get("id"):
-            self.anchors.add(str(found["id"]))
-        if tag == "a":
-            self.links.append(str(found["href"]))
-
-
-def test_the_page_holds_everything_and_says_what_the_csv_says(written: Path) -> None:
-    text = (written / "index.html").read_text()
-    page = Page()
-    page.feed(text)
-    assert len(page.pictures) >= 2 * 5
-    for picture in page.pictures:
-        assert str(picture.get("src") or picture.get("srcset")).startswith("data:image/svg+xml;base64,")
-        assert picture.get("alt") or "srcset" in picture
-    assert "http" not in re.sub(r"data:[^\"]*", "", text), "the page is one file"
-    assert {link.removeprefix("#") for link in page.links} <= page.anchors
-    rows = results.load(written).rows
-    for value in page.times:
-        assert value in [pytest.approx(other) for other in rows["times_ours"]]
-    assert len(page.times) == 4  # two dtypes, two sizes
-    assert str(written) not in text
-    assert os.path.expanduser("~") not in text or os.path.expanduser("~") == "/"
-
-
-def browser() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(browser() is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page(written: Path, tmp_path: Path, width: int) -> None:
-    """No picture is broken, nothing is wider than the screen, and the headline's numbers are there to read."""
-    probe = """<script>addEventListener('load', () => {
-        const broken = [...document.images].filter(image => !image.naturalWidth).length;
-        const wide = document.documentElement.scrollWidth - innerWidth;
-        document.title = JSON.stringify({broken, wide, images: document.images.length, errors: window.seen || 0,
-            times: [...document.querySelectorAll('.times')].map(each => each.textContent)});
-    })</script><script>onerror = () => { window.seen = (window.seen || 0) + 1 }</script>"""
-    page = tmp_path / "probed.html"
-    page.write_text((written / "index.html").read_text().replace("</head>", probe + "</head>"))
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--virtual-time-budget=5000",
-    ]
-    done = subprocess.run(
-        [str(browser()), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
-    assert title, done.stdout[:500]
-    seen = json.loads(title[1].replace("&quot;", '"'))
-    assert seen["broken"] == seen["errors"] == 0
-    assert seen["images"] >= 5
-    assert seen["wide"] <= 0
-    headline = findings.find(results.load(written)).headline
-    assert seen["times"] == [findings.digits(value) for value in headline["times"]]
-
-
-def test_report_renders_again_from_the_csvs(written: Path) -> None:
-    before = (written / "summary.md").read_text()
-    (written / "summary.md").unlink()
-    assert CliRunner().invoke(app, ["report", "--out", str(written)]).exit_code == 0
-    assert (written / "summary.md").read_text() == before
-    assert "Which setting should I use?" in before
-    assert str(written) not in before
-
-
-def ranked(times: float, wrong: str = "", scatter: float = 0.0) -> findings.Findings:
-    lines, samples = [], []
-    for provider, ratio in (("ours", 1.0), ("plain", times)):
-        line = fp32_line(provider, STEP, median_s=ratio, x_gemm=3.0 * ratio, times_ours=ratio, beyond_mb=1.0)
-        lines.append({**line, "work": "all classes", "q25_s": ratio, "q75_s": ratio,
-                      "wrong": wrong if provider == "plain" else "", "note": "", "run": "1", "limit_s": 0.5,
-                      "peak_mb": 2.0, "error_dx": 0.0, "error_dw": 0.0, "error_loss": 0.0})  # fmt: skip
-        off = scatter if provider == "plain" else 0.0
-        samples += [{**{name: line[name] for name in results.KEY}, "round": k, "place": "",
-                     "seconds": ratio * (1.0 + off * (2 * (k % 2) - 1))} for k in range(6)]  # fmt: skip
-    empty = results.load(Path("/nonexistent"))
-    return findings.find(empty._replace(rows=pd.DataFrame(lines), samples=pd.DataFrame(samples)))
-
-
-def test_the_first_sentence_counts_what_is_beyond_the_noise() -> None:
-    assert findings.sentence(ranked(2.0)).startswith("Ours is faster in 1 of 1")
-    assert "slower in 1" in findings.sentence(ranked(0.5))
-    assert "within the noise in 1" in findings.sentence(ranked(1.1, scatter=0.2))
-    assert len(report.behind(ranked(0.5))) == 1
-    assert report.behind(ranked(0.5))[0]["times"] == 2.0
-
-
-def test_who_is_wrong_is_not_ranked() -> None:
-    found = ranked(0.5, wrong="error of dw 1.0e-03 > 2e-05")
-    assert found.counts["compared"] == 0
-    assert found.headline.empty
-    assert found.behind.empty
-    assert len(found.wrong) == 1
-
-
-def test_growth_is_fitted() -> None:
-    lines = [
-        fp32_line("ours", STEP, median_s=0.01 + 2e-12 * 256 * 512 * c) | {"C": c}
-        for c in (1000, 10_000, 100_000, 1_000_000)
-    ]
-    made = findings.growth(pd.DataFrame(lines)).iloc[0]
-    assert made["a_ms"] == pytest.approx(10.0, rel=1e-6)
-    assert made["b_ps"] == pytest.approx(2.0, rel=1e-6)
-    assert made["typical_error"] < 1e-6
-
-
-def test_ceilings_bound_what_the_work_needs() -> None:
-    rates = [{"kind": "GEMM", "dtype": "float32", "per_second": 1.0}, {"kind": "copy", "dtype": "", "per_second": 1e30}]
-    assert ceilings.limit(Case(SMALL, "ours", STEP), rates) == 3 * SMALL.flops
-    assert ceilings.limit(Case(SMALL, "ours-sampled", STEP), rates) == pytest.approx(0.3 * SMALL.flops)
-    slow = [{**line, "per_second": {"GEMM": 1e30, "copy": 1.0}[line["kind"]]} for line in rates]
-    assert ceilings.limit(Case(SMALL, "plain", WHOLE), slow) == 5 * SMALL.weight_bytes
-    assert ceilings.limit(Case(SMALL, "ours", STEP), []) is None
-
-
-def test_readmes_numbers_are_those_of_the_committed_results() -> None:
-    root = Path(__file__).parent.parent
-    committed = results.load(root / "reports" / "perf")
-    text = (root / "README.md").read_text()
-    assert readme.rewritten(text, committed) == text, "make readme-numbers"
-    assert "**" in readme.numbers(committed)
-    assert len(committed.rows) > 300
-
-
-def test_readmes_numbers_follow_the_results(written: Path) -> None:
-    found = results.load(written)
-    text = f"before {readme.BEGIN} old {readme.END} after"
-    made = readme.rewritten(text, found)
-    assert made.startswith("before ")
-    assert made.endswith(" after")
-    assert " old " not in made
-    assert "comparisons" in made
-    with pytest.raises(ValueError, match="end of numbers"):
-        readme.rewritten("nothing", found)
-
-
-# -- comparing runs ----------------------------------------------------------------------------------------------
-
-
-def slowed(before: results.Results, factor: float, **changed: object) -> results.Results:
-    rows, samples = before.rows.copy(), before.samples.copy()
-    ours = rows["provider"].str.startswith("ours")
-    rows.loc[ours, ["median_s", "x_gemm"]] *= factor
-    samples.loc[samples["provider"].str.startswith("ours"), "seconds"] *= factor
-    for column, value in changed.items():
-        rows.loc[ours, column] = value
-    return before._replace(rows=rows, samples=samples)
-
-
-def spread(found: results.Results, part: float) -> results.Results:
-    """The run as if its steps had scattered by that part of their time, and nothing else."""
-    samples = found.samples.copy()
-    place = samples["round"] % 2
-    samples["seconds"] = 1.0 + part * (2 * place - 1) * (samples["provider"] != grid.YARDSTICK)
-    return found._replace(samples=samples)
-
-
-@pytest.fixture
-def steady(written: Path) -> results.Results:
-    return spread(results.load(written), 0.001)
-
-
-def test_a_slowdown_of_fifteen_percent_is_found(steady: results.Results) -> None:
-    assert compare.regressions(compare.compare(steady, steady, 0.1), 0.1) == []
-    found = compare.compare(steady, slowed(steady, 1.15), 0.1)
-    assert set(found.loc[found["provider"].str.startswith("ours"), "verdict"]) == {"slower"}
-    assert set(found.loc[~found["provider"].str.startswith("ours"), "verdict"]) == {""}
-    assert any("ours as a whole" in line for line in compare.regressions(found, 0.1))
-    faster = compare.compare(steady, slowed(steady, 1 / 1.15), 0.1)
-    assert "faster" in set(faster["verdict"])
-    assert compare.regressions(faster, 0.1) == []
-
-
-def test_noise_hides_what_it_must(steady: results.Results) -> None:
-    noisy = spread(steady, 0.5)
-    found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
-    assert set(found["verdict"]) == {""}
-    assert any("ours as a whole" in line for line in compare.regressions(found, 0.1)), "many rows see it all the same"
-
-
-def test_a_bands_width_is_that_of_the_ratio() -> None:
-    def line(provider: str, number: int, seconds: float, place: str = "") -> dict[str, object]:
-        size = {"loss": "arcface", "dtype": "float32", "N": 1, "D": 1, "C": 1, "device": "cpu"}
-        return {**size, "provider": provider, "mode": STEP, "round": number, "place": place, "seconds": seconds}
-
-    # A machine that slows down as a whole scatters times and not ratios.
-    lines = [line(name, k, (1.0 + k) * factor) for k in range(8) for name, factor in (("ours", 1.0), ("plain", 2.0))]
-    assert noise.of_ratios(pd.DataFrame(lines), "ours").tolist() == pytest.approx([0.0, 0.0])
-    lines = [line("ours", k, 1.0) for k in range(8)] + [line("plain", k, 2.0 + k % 2) for k in range(8)]
-    found = noise.of_ratios(pd.DataFrame(lines), "ours")
-    assert found.tolist() == pytest.approx([0.0, 1.2533 / 1.349 / math.sqrt(8) / 2.5])
-    yard = [line("gemm", k, 1.0, "first") for k in range(8)] + [line("gemm", k, 1.0 + 0.1 * (k % 2)) for k in range(8)]
-    assert noise.of_yardstick(pd.DataFrame(yard)) == pytest.approx(1.2533 * 0.1 / 1.349 / math.sqrt(8) / 1.05)
-
-
-def test_wrong_results_errors_and_memory_are_regressions_too(steady: results.Results) -> None:
-    for changed, word in (({"wrong": "off"}, "wrong"), ({"error_dw": 1.0}, "error"), ({"peak_mb": 1e4}, "memory")):
-        bad = compare.regressions(compare.compare(steady, slowed(steady, 1.0, **changed), 0.1), 0.1)
-        assert bad
-        assert all(word in line for line in bad)
-
-
-def test_compare_command(written: Path, tmp_path: Path, steady: results.Results) -> None:
-    results.save(tmp_path / "a", steady)
-    results.save(tmp_path / "b", slowed(steady, 1.5))
-    same = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "a")])
-    assert same.exit_code == 0, same.output
-    slower = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert slower.exit_code == 1
-    assert "slower" in slower.output
-    assert CliRunner().invoke(app, ["compare", str(tmp_path), str(written)]).exit_code == 2
+# -- counts -----------------------------------------------------------------------------------------------------
 
 
 def test_counts_are_those_that_are_committed() -> None:

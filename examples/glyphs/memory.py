@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import Tensor
 import tritonmargin as tm
 from examples.glyphs.network import EMBEDDING_DIM, autocast
 from examples.glyphs.recipes import Settings
+from perf.peaks import allocations, peak_without
 
 
 def compare(settings: Settings, classes: int, retain_bytes: int) -> dict[str, float]:
@@ -51,31 +50,7 @@ def peak(loss: Callable[[], Tensor], leaves: list[Tensor]) -> int:
             value = loss()
         value.backward()
 
-    for record in (False, True):  # once unrecorded: the first call makes things that later ones find
-        for leaf in leaves:
-            leaf.grad = None
-        if not record:
-            step()
-            continue
-        cpu = torch.profiler.ProfilerActivity.CPU
-        with quiet_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-            step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held, most = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-@contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ side writes its starts and stops to stderr, between the progress bars."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    step()  # unrecorded: the first call makes things that later ones find
+    for leaf in leaves:
+        leaf.grad = None
+    return peak_without(allocations(step), 0)

@@ -120,7 +120,8 @@ class Margin(nn.Module):
             one_of(name, value, self.options[name])
         if isinstance(value, Real) and name in self.__dict__.get("_buffers", {}):
             self.check_number(name, float(value))
-            self._values[name] = float(value)
+            if name in self._values:
+                self._values[name] = float(value)
             self._buffers[name].fill_(float(value))  # type: ignore[union-attr]
         elif name == "s" and not isinstance(value, Tensor):
             super().__setattr__(name, positive("s", value))  # type: ignore[arg-type]
@@ -134,16 +135,14 @@ class Margin(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `.half()` must not round m = 0.35, nor `.to_empty()` forget it: numbers follow the device and nothing else.
-        numbers = {name: buffer for name, buffer in self._buffers.items() if name in self._non_persistent_buffers_set}
+        numbers = {name: self.get_buffer(name) for name in self._values}
         super()._apply(fn, recurse)
         for name, exact in numbers.items():
-            if exact is not None:
-                moved = self._buffers[name]
-                assert moved is not None
-                precise = torch.float32 if moved.device.type == "mps" else exact.dtype
-                if exact.is_meta:
-                    exact = torch.tensor(self._values[name], dtype=exact.dtype, device="cpu")
-                self._buffers[name] = exact.to(device=moved.device, dtype=precise)
+            device = self.get_buffer(name).device
+            precise = torch.float32 if device.type == "mps" else exact.dtype
+            if exact.is_meta:
+                exact = torch.tensor(self._values[name], dtype=exact.dtype, device="cpu")
+            self._buffers[name] = exact.to(device=device, dtype=precise)
         return self
 
     def with_schedule(self, **schedules: Callable[[int], float]) -> Margin:
@@ -164,10 +163,9 @@ class Margin(nn.Module):
             setattr(self, name, float(function(step)))
 
     def extra_repr(self) -> str:
+        buffers = {name: self.get_buffer(name) for name in self._values}
         numbers = [
-            f"{name}={self._values[name] if buffer.is_meta else float(buffer):g}"
-            for name, buffer in self._buffers.items()
-            if buffer is not None
+            f"{name}={self._values[name] if buffer.is_meta else float(buffer):g}" for name, buffer in buffers.items()
         ]
         scale = [f"s={self.s:g}"] if self.unit_embeddings and not isinstance(self.s, Tensor) else []
         choices = [f"{name}={getattr(self, name)!r}" for name in self.options]
