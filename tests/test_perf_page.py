@@ -38,6 +38,9 @@ from perf.cli import app  # noqa: E402
 from perf.grid import Case  # noqa: E402
 from perf.providers.base import STEP, WHOLE  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("page")  # the run that most of these look at is made once
+
+
 # -- a run, and its page -----------------------------------------------------------------------------------------
 
 TINY = ["--classes", "300,2000", "--dim", "16", "--batch", "8", "--threads", "1", "--modes", f"forward,{STEP},{WHOLE}"]
