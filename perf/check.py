@@ -27,7 +27,6 @@ CASES = (
 )  # fmt: skip
 # More of any of these by that factor is a regression. Products are exact; a small change of the others is a choice.
 ALLOWED = {"flops": 1.0, "elements": 1.02, "operations": 1.05, "allocated": 1.02, "peak": 1.02}
-PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # and where their two operands begin
 # What looks at no element.
 FREE = {"view", "t", "transpose", "slice", "select", "expand", "detach", "detach_", "unsqueeze", "squeeze", "alias",
         "narrow", "as_strided", "empty", "empty_like", "empty_strided", "resize_", "lift_fresh", "_unsafe_view",
@@ -59,17 +58,17 @@ def count(provider: Provider, mode: str) -> dict[str, int]:
     flops = elements = operations = 0
     for event in record.events():
         name = event.name.removeprefix("aten::")
-        whole = event.name in PRODUCTS or not event.cpu_children  # others are made of those within them
+        whole = event.name in peaks.PRODUCTS or not event.cpu_children  # others are made of those within them
         if not whole or name == event.name or name in FREE:
             continue
         shapes = [shape for shape in event.input_shapes if shape]
         operations += 1
-        if event.name in PRODUCTS:
-            (rows, inner), (_, columns) = shapes[PRODUCTS[event.name] :][:2]
+        if event.name in peaks.PRODUCTS:
+            (rows, inner), (_, columns) = shapes[peaks.PRODUCTS[event.name] :][:2]
             flops += 2 * rows * inner * columns
         else:
             elements += max((math.prod(shape) for shape in shapes), default=0)
-    events = peaks.allocations(lambda: provider.run(mode))
+    events = peaks.allocations(lambda: provider.run(mode), scratch=False)
     provider.reset(mode)
     return {
         "flops": flops,

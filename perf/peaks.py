@@ -24,6 +24,7 @@ import torch
 from perf.providers.base import STEP, WHOLE, Provider
 
 STATUS = Path("/proc/self/status")
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # and where their two operands begin
 
 
 def peak(provider: Provider, mode: str) -> dict[str, float]:
@@ -65,8 +66,12 @@ def resident(name: str) -> int:
 # -- the profiler's record ---------------------------------------------------------------------------------------
 
 
-def allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation (> 0) and free (< 0) of CPU memory during `call`, in order."""
+def allocations(call: Callable[[], object], scratch: bool = True) -> list[int]:
+    """Bytes of every allocation (> 0) and free (< 0) of CPU memory during `call`, in order.
+
+    Without `scratch`, what a product allocates and frees within itself is left out: a CPU without bfloat16 products
+    keeps its sums in a float32 copy of the result, another does not.
+    """
     with (
         quiet_stderr(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
@@ -74,8 +79,15 @@ def allocations(call: Callable[[], object]) -> list[int]:
         call()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    if not scratch:
+        for start, end in [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in PRODUCTS]:
+            within = [entry for entry in memory if start <= entry[0] <= end]
+            for entry in [entry for entry in within if entry[1] < 0]:
+                memory.remove(next(other for other in within if other[1] == -entry[1]))
+                memory.remove(entry)
+    return [size for _, size in memory]
 
 
 def peak_without(events: Iterable[int], gradient: int) -> int:
