@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import errno
 import functools
-import multiprocessing
 import os
 import pickle
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Pool
+from ranks import CONTEXT, Pool
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -548,9 +547,8 @@ def report_killed(pipe, folder):
 
 
 def test_a_save_that_is_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
-    context = multiprocessing.get_context("spawn")  # a process without threads, to be forked
-    pipe, end = context.Pipe()
-    process = context.Process(target=report_killed, args=(end, tmp_path))
+    pipe, end = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=report_killed, args=(end, tmp_path))  # without threads, to be forked
     process.start()
     end.close()
     new, replaced = pipe.recv()

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import assert_same, cost, cpu_only, every_margin, made, oracle, problem, streamed
+from ranks import on_ranks
 from torch import Tensor
 
 import tritonmargin as tm
-from tests.cases import assert_same, cost, cpu_only, every_margin, made, oracle, problem, streamed
-from tests.ranks import on_ranks
 from tritonmargin.margins import MARGINS
 
 pytestmark = cpu_only

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE, MORE, ONE_CHUNK, cost, cpu_only, every_backend, made, not_ttsem, using
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tritonmargin as tm
-from tests.cases import DEVICE, MORE, ONE_CHUNK, cost, cpu_only, every_backend, made, not_ttsem, using
 from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
 from tritonmargin.optim import NoGradient, RowAdamW, RowSGD
 
@@ -343,8 +343,6 @@ def test_frozen_embeddings_cost_no_product_inside_backward_either() -> None:
 @cpu_only
 def test_no_gradient_of_w_is_ever_made() -> None:
     """Peak of a step: buffers of a chunk, and nothing of the size of W."""
-    from tests.cases import cost
-
     head = tm.MarginSoftmaxLoss(64, 200_000)
     optimiser = RowSGD(head.parameters(), lr=0.1, momentum=0.9)
     head.update_in_backward(optimiser)

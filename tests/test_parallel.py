@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import cpu_only, made
+from ranks import on_ranks
 from torch import Tensor, nn
 
 import tritonmargin as tm
-from tests.cases import cpu_only, made
-from tests.ranks import on_ranks
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
 from tritonmargin.parallel import shard_range

@@ -26,11 +26,15 @@ from tritonmargin.kernels import tiles  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+once = pytest.mark.xdist_group("audit")  # it takes long, so both tests are for one worker
+
+
 @pytest.fixture(scope="module")
 def audited() -> pd.DataFrame:
     return kernels.audit(lambda line: None, ("sm_90", "gfx942"), ("bfloat16",), (64, 512))
 
 
+@once
 def test_kernels_are_audited(audited: pd.DataFrame) -> None:
     """Matrix instructions where there are products, exps where there are exps, and counts that add up."""
     assert len(audited) == 2 * 2 * 6
@@ -68,6 +72,7 @@ def test_formulas_are_what_the_kernels_do() -> None:
     assert (found["executed_bytes"] / found["tile_bytes"]).between(0.999, 1.03).all(), found.to_string()
 
 
+@once
 def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
     rules = kernels.budgets(audited).set_index("budget")
     assert rules.loc["no register spills anywhere", "met"] == "yes"

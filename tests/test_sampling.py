@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
+from cases import MORE, assert_same, cost, cpu_only, every_margin, oracle, problem, streamed
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
 import tritonmargin as tm
-from tests.cases import MORE, assert_same, cost, cpu_only, every_margin, oracle, problem, streamed
 from tritonmargin.margins import MARGINS
 from tritonmargin.sampling import Sampler
 

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import io
 import json
-import multiprocessing
 import multiprocessing.connection
 import os
 import random
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import CONTEXT
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -60,10 +60,7 @@ def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return read(folder / "run")
 
 
-# -- ranks, forked from a process that has imported torch: 100 kills cannot wait for 200 imports ----------------------
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["examples.glyphs.partial_fc"])
+# -- ranks that can be killed -----------------------------------------------------------------------------------
 
 
 @dataclass
