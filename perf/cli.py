@@ -54,7 +54,10 @@ def run(
     providers: Annotated[str, typer.Option(help="see `python -m perf providers`")] = ",".join(grid.EVERYONE),
     modes: Annotated[str, typer.Option(help=f"among {', '.join(MODES)}")] = ",".join(grid.COMMON),
     longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step")] = None,
-    out: Out = OUT,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f"folder; default {OUT}, or beside it if that is of another machine"),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the folder holds already")] = False,
     threads: Threads = None,
     device: Device = "cpu",
@@ -86,13 +89,19 @@ def run(
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
     for file, why in discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
+    place = results.beside(OUT, facts) if out is None else out
+    if held := results.another_machine(place, facts):
+        raise typer.BadParameter(f"{place} holds results of another machine: {held}", param_hint="--out")
+    if place not in (OUT, out):
+        console.print(f"{OUT} holds results of another machine: {results.another_machine(OUT, facts)}", highlight=False)
+        console.print(f"this one's go to {place}", highlight=False)
     with bar() as progress, interruptible():
         stopped = False
         try:
-            runs.go(plan, out, facts, fresh, progress)
+            runs.go(plan, place, facts, fresh, progress)
         except KeyboardInterrupt:
             stopped = True
-    written(out, "stopped; the same command goes on from here. " if stopped else "")
+    written(place, "stopped; the same command goes on from here. " if stopped else "")
     raise typer.Exit(130 if stopped else 0)
 
 

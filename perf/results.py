@@ -9,7 +9,9 @@ runs.json       what each run was measured on, by its number
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +98,32 @@ def replace(path: Path, content: bytes) -> None:
     beside = path.with_suffix(path.suffix + ".part")
     beside.write_bytes(content)
     beside.replace(path)
+
+
+# Times of two of them are no comparison.
+MACHINE = ("cpu", "cores", "threads", "torch")
+
+
+def another_machine(out: Path, facts: dict[str, Any]) -> str:
+    """What the folder's results of the same device were measured on, if that differs from `facts`; or nothing."""
+    names = MACHINE if facts["device"] == "cpu" else (*MACHINE, "gpu")
+    for held in load(out).runs.values():
+        if held["device"] == facts["device"] and any(held.get(name) != facts.get(name) for name in names):
+            return ", ".join(str(held[name]) if name in ("cpu", "gpu") else f"{name} {held[name]}" for name in names)
+    return ""
+
+
+def beside(out: Path, facts: dict[str, Any]) -> Path:
+    """`out`, or the folder next to it for this machine's results if it holds another's: perf-xeon-platinum-8481c."""
+    if not another_machine(out, facts):
+        return out
+    words = re.sub(r"\([a-z]+\)|cpu|processor|@.*", " ", f"{facts.get('gpu') or facts['cpu']}".lower())
+    name = "-".join([out.name, *re.findall(r"[a-z0-9]+", words)])
+    for number in itertools.count(1):
+        found = out.with_name(name if number == 1 else f"{name}-{number}")
+        if not another_machine(found, facts):
+            return found
+    raise AssertionError
 
 
 def merged(old: pd.DataFrame, new: list[Row], key: list[str]) -> pd.DataFrame:

@@ -203,15 +203,10 @@ def updating(head: Head, rows: int) -> int:
 
 
 def optimizer_step(head: Head) -> Phase:
-    """Some rows of the gradient at a time, each a copy in float32.
-
-    A sparse gradient has lost the mark that its rows are in order on its way to `weight.grad` (torch 2.13:
-    AccumulateGrad), so that it is sorted into a second one first.
-    """
-    gradient, sorting, copied = gradient_bytes(head), 0, 0
+    """Some rows of the gradient at a time, each a copy in float32."""
+    gradient, copied = gradient_bytes(head), 0
     if head.gradient == "sparse":
-        gradient = 2 * (gradient + 8 * head.walked)
-        sorting = 3 * 8 * head.walked  # numbers, their order, and places of equal ones
+        gradient += 8 * head.walked  # their numbers
     if head.gradient != "backward":
         with_gradient = head.walked if head.gradient == "sparse" else head.rows
         rows = min(with_gradient, max(1, CHUNK_BYTES // (4 * head.dim)))
@@ -219,4 +214,4 @@ def optimizer_step(head: Head) -> Phase:
         following = 4 * min(rows, with_gradient - rows) * head.dim
         copied = part + max(updating(head, rows), following)  # a part is there until the next one is
     # Embeddings and their gradient, which a backbone's backward has used by then.
-    return Phase("step", gradient, max(sorting, copied), 2 * 4 * head.batch * head.dim)
+    return Phase("step", gradient, copied, 2 * 4 * head.batch * head.dim)

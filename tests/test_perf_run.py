@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,17 @@ for module in ("pandas", "matplotlib", "tabulate", "typer", "rich", "jinja2"):
 
 import pandas as pd  # noqa: E402
 from perf_cases import SMALL, fp32_line, quiet  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 from perf import (  # noqa: E402
     bounds,
     grid,
+    machine,
     measure,
     providers,
+    results,
 )
+from perf.cli import app  # noqa: E402
 from perf.grid import Budget, Case, Grid  # noqa: E402
 from perf.problem import Problem  # noqa: E402
 from perf.providers.base import STEP, WHOLE  # noqa: E402
@@ -202,3 +207,39 @@ def test_growth_time_per_class_and_resident_set() -> None:
     checked = bounds.check(frame).set_index("promised")["met"]
     assert not checked["at most 1.15 times the time per class at C=10^5"]
     assert checked["at most 100 MB of the resident set beyond them"]
+
+
+# -- one folder, one machine -------------------------------------------------------------------------------------
+
+
+def folder(path: Path, **facts: object) -> Path:
+    results.save(path, results.load(path)._replace(runs={"1": machine.describe() | facts}))
+    return path
+
+
+def test_another_machines_results_are_not_mixed_with_this_ones(tmp_path: Path) -> None:
+    mine, out = machine.describe(), tmp_path / "perf"
+    assert results.beside(out, mine) == out
+    assert results.beside(folder(out), mine) == out
+    assert results.beside(folder(out, commit="another", date="1999-01-01"), mine) == out
+    here = mine | {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"}
+    for name, value in {"cpu": "another", "cores": 1000, "threads": 1000, "torch": "1.0"}.items():
+        folder(out, **{name: value})
+        assert str(value) in results.another_machine(out, mine)
+        assert results.beside(out, here) == tmp_path / "perf-intel-xeon-platinum-8481c"
+    folder(tmp_path / "perf-intel-xeon-platinum-8481c", cpu=here["cpu"], threads=1000)
+    assert results.beside(out, here) == tmp_path / "perf-intel-xeon-platinum-8481c-2"
+    folder(tmp_path / "perf-intel-xeon-platinum-8481c-2", cpu=here["cpu"])
+    assert results.beside(out, here) == tmp_path / "perf-intel-xeon-platinum-8481c-2"
+    gpu = here | {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3"}
+    assert results.beside(out, gpu) == out  # which has no results of a GPU
+    folder(out, device="cuda", gpu="NVIDIA A100")
+    assert results.beside(out, gpu) == tmp_path / "perf-nvidia-h100-80gb-hbm3"
+
+
+def test_a_folder_of_another_machine_is_refused_by_name(tmp_path: Path) -> None:
+    line = ["run", "--tiny", "--out", str(folder(tmp_path / "perf", cpu="an abacus"))]
+    said = CliRunner().invoke(app, line)
+    assert said.exit_code == 2
+    assert "an abacus" in said.output
+    assert not (tmp_path / "perf" / "index.html").exists()
