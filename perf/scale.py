@@ -178,8 +178,6 @@ def backward(head: Head, chunk: int) -> Phase:
             finishing = max(finishing, updating(head, chunk))
     # x log2(e), x times its factor; dX, targets' rows for dX, targets' shares in dW
     samples = 2 * everyone * head.compute_item + 3 * 4 * everyone
-    if head.ranks > 1:
-        samples += 2 * 4 * everyone  # the sum over ranks gives |w_y| a gradient too, of zeros: rows and shares
     if head.fused:
         samples += 4 * everyone  # shares in the order of their rows
     return Phase(

@@ -49,6 +49,7 @@ def call(*line: str) -> Any:
     "head",
     [
         Head(20_000, 64, 256),
+        Head(20_000, 64, 256, gradient="sparse"),
         Head(30_000, 64, 32, rate=0.1, gradient="sparse", optimizer="adamw"),
         Head(20_000, 128, 32, rate=0.5, gradient="backward", optimizer="adamw"),
         Head(20_000, 64, 64, retain=2_000_000),

@@ -130,7 +130,8 @@ class Shard:
 
     def all_sum(self, numbers: Tensor) -> Tensor:
         """The sum over ranks; its gradient is replicated."""
-        return AllSum.apply(numbers, self.group)
+        (found,) = AllSums.apply(self.group, numbers)
+        return found
 
     def all_max(self, numbers: Tensor) -> Tensor:
         """The largest over ranks, without a gradient."""
@@ -303,17 +304,18 @@ def all_sums(shard: Shard | None, *numbers: Tensor | None) -> Any:
     """`all_sum` of several tensors [N] in one exchange; None stays None."""
     if shard is None:
         return numbers
-    sums = iter(shard.all_sum(torch.stack([each for each in numbers if each is not None])).unbind())
+    sums = iter(AllSums.apply(shard.group, *(each for each in numbers if each is not None)))
     return tuple(None if each is None else next(sums) for each in numbers)
 
 
-class AllSum(torch.autograd.Function):
+class AllSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
-        numbers = numbers.clone()
-        dist.all_reduce(numbers, group=group)
-        return numbers
+    def forward(ctx: Any, group: dist.ProcessGroup, *numbers: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a sum that nobody differentiates has no gradient, rather than zeros
+        sums = torch.stack(numbers)
+        dist.all_reduce(sums, group=group)
+        return tuple(each.clone() for each in sums)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
