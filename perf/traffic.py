@@ -50,6 +50,5 @@ def optimizer_bytes(head: Head) -> int:
     for item in (head.weight_item, *[head.state_item] * head.states):
         moved += 2 * (item + 4) * numbers if item < 4 else 0  # to float32 and back
         moved += 4 * item * numbers if head.gradient == "sparse" else 0  # picked out and put back
-    if head.gradient == "sparse":
-        return moved + 2 * gradient_bytes(head)  # sorted into a second one
-    return moved + (gradient_bytes(head) if head.sampled else 0)
+    zeros = head.sampled and head.gradient == "dense"
+    return moved + (gradient_bytes(head) if zeros else 0)
