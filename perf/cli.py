@@ -171,9 +171,14 @@ def compare_command(
     for folder in (before, after):
         if not (folder / "results.csv").exists():
             raise typer.BadParameter(f"no results.csv in {folder}")
-    found = compares.compare(results.load(before), results.load(after), threshold)
+    sides = results.load(before), results.load(after)
+    found = compares.compare(*sides, threshold)
     if found.empty:
         raise typer.BadParameter("the two have no measured case in common")
+    for facts in sides[1].runs.values():
+        if held := results.another_machine(before, facts):
+            console.print(f"[yellow]two machines, and times are comparable on one alone: {before} is of {held}")
+            break
     said = found[found["verdict"] != ""]
     if len(said):
         shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]

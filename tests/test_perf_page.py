@@ -366,7 +366,13 @@ def test_compare_command(written: Path, tmp_path: Path, steady: results.Results)
     results.save(tmp_path / "b", slowed(steady, 1.5))
     same = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "a")])
     assert same.exit_code == 0, same.output
+    assert "two machines" not in same.output
     slower = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
     assert slower.exit_code == 1
     assert "slower" in slower.output
     assert CliRunner().invoke(app, ["compare", str(tmp_path), str(written)]).exit_code == 2
+    other = steady._replace(runs={name: run | {"cpu": "an abacus"} for name, run in steady.runs.items()})
+    results.save(tmp_path / "c", other)
+    said = CliRunner().invoke(app, ["compare", str(tmp_path / "c"), str(tmp_path / "a")]).output
+    assert "two machines" in said
+    assert "an abacus" in said
