@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tritonmargin", "cases", "examples.glyphs.partial_fc"]
-)  # what is missing is passed over
+# Those that are missing are passed over.
+CONTEXT.set_forkserver_preload(["tritonmargin", "pytest", "examples.glyphs.partial_fc"])
 SECONDS = 60.0
 
 
