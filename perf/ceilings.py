@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +40,12 @@ def measure(dtypes: Iterable[str], device: str, hasty: bool = False) -> list[Row
     return [*lines, {"kind": "copy", "dtype": "", "per_second": rate, "unit": "byte"}]
 
 
-def needed(case: Case) -> tuple[float, float]:
+class Needed(NamedTuple):
+    flops: float
+    bytes: float
+
+
+def needed(case: Case) -> Needed:
     """Flops and bytes of main memory that the work needs, however it is written.
 
     One product of the logits, one for each gradient. W is read once a walk; its gradient is written; an update reads
@@ -49,7 +55,7 @@ def needed(case: Case) -> tuple[float, float]:
     part = SAMPLE_RATE if kind is not None and kind.work == "sampled" else 1.0
     products = {"no-grad": 1, "forward": 1, "frozen W": 2, STEP: 3, WHOLE: 3}[case.mode]
     passes = {"no-grad": 1, "forward": 1, "frozen W": 2, STEP: 3, WHOLE: 5}[case.mode]
-    return part * products * p.flops, part * passes * p.weight_bytes
+    return Needed(part * products * p.flops, part * passes * p.weight_bytes)
 
 
 def limit(case: Case, ceilings: Iterable[Row]) -> float | None:

@@ -48,6 +48,8 @@ COLUMNS = {
     "bias_dw": "the same of W's",
     "wrong": "why it is wrong, empty for right; a wrong row is not ranked",
     "note": "why nothing was measured, or not all",
+    "flops": "of the products that the work needs, however it is written",
+    "bytes": "of main memory that it needs: W once a walk, its gradient or update",
     "limit_s": "no code can take less: products at the GEMM's rate or memory traffic at the copy's, the larger",
     "run": "key of runs.json",
 }

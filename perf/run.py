@@ -59,7 +59,7 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         )
         block = measure(problem, together, plan.budget, int(str(facts["threads"])), history, checks, say)
         rows = [
-            {**row, "limit_s": ceilings.limit(case, ceiling), "run": number}
+            {**row, **ceilings.needed(case)._asdict(), "limit_s": ceilings.limit(case, ceiling), "run": number}
             for case, row in zip(together, block.rows, strict=True)
         ]
         samples = [{**line, "run": number} for line in block.samples]

@@ -75,6 +75,8 @@ def test_a_run_leaves_data_with_a_schema(written: Path) -> None:
         assert name in found.runs["1"]
     # A row's numbers are those of its samples.
     row = found.rows[(found.rows["provider"] == "plain") & (found.rows["mode"] == STEP)].iloc[0]
+    assert row["flops"] == 3 * 2 * row["N"] * row["D"] * row["C"]
+    assert row["bytes"] == 3 * row["D"] * row["C"] * (2 if row["dtype"] == "bfloat16" else 4)
     own = found.samples
     for name in results.KEY:
         own = own[own[name] == row[name]]
