@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         },
         "two_ranks_less_one_process": {name: difference(found, name) for name in NUMBERS},
         "machine": page.machine() | {"threads": 1},
+        "date": datetime.date.today().isoformat(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "sharded_seeds.json"
