@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tritonmargin as tm
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
-from tritonmargin.parallel import shard_range
+from tritonmargin.parallel import Shard, all_sums, shard_range
 from tritonmargin.sampling import Sampler
 
 pytestmark = cpu_only
@@ -422,3 +422,18 @@ def one_dies(moment: str) -> str:
     except RuntimeError as error:
         return f"error: {error}"
     return "nothing happened"
+
+
+def one_of_two_sums() -> None:
+    a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
+    first, second = all_sums(Shard(4), a, b)
+    assert first.tolist() == second.tolist() == [2.0, 2.0, 2.0]
+    first.sum().backward()
+    assert a.grad is not None
+    assert a.grad.tolist() == [1.0, 1.0, 1.0]
+    assert b.grad is None
+
+
+def test_a_sum_that_nobody_differentiates_has_no_gradient() -> None:
+    """The stream would gather rows for the gradient of |w_y|, were it zeros."""
+    on_ranks(2, one_of_two_sums)
