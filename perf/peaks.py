@@ -84,9 +84,11 @@ def allocations(call: Callable[[], object], scratch: bool = True) -> list[int]:
     if not scratch:
         for start, end in [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in PRODUCTS]:
             within = [entry for entry in memory if start <= entry[0] <= end]
-            for entry in [entry for entry in within if entry[1] < 0]:
-                memory.remove(next(other for other in within if other[1] == -entry[1]))
-                memory.remove(entry)
+            for free in [entry for entry in within if entry[1] < 0]:
+                made = next((entry for entry in within if entry[1] == -free[1]), None)
+                if made in memory:
+                    memory.remove(made)
+                    memory.remove(free)
     return [size for _, size in memory]
 
 

@@ -121,11 +121,8 @@ def beside(out: Path, facts: dict[str, Any]) -> Path:
         return out
     words = re.sub(r"\([a-z]+\)|cpu|processor|@.*", " ", f"{facts.get('gpu') or facts['cpu']}".lower())
     name = "-".join([out.name, *re.findall(r"[a-z0-9]+", words)])
-    for number in itertools.count(1):
-        found = out.with_name(name if number == 1 else f"{name}-{number}")
-        if not another_machine(found, facts):
-            return found
-    raise AssertionError
+    places = (out.with_name(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(place for place in places if not another_machine(place, facts))
 
 
 def merged(old: pd.DataFrame, new: list[Row], key: list[str]) -> pd.DataFrame:
