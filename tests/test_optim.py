@@ -315,6 +315,40 @@ def test_what_needs_a_gradient_says_that_there_is_none() -> None:
 
 
 @cpu_only
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scaled_loss_is_refused_before_rows_move(reduction: str) -> None:
+    head = tm.MarginSoftmaxLoss(5, 12, reduction=reduction)
+    optimiser = RowSGD(head.parameters(), lr=0.1, momentum=0.9)
+    head.update_in_backward(optimiser)
+    x, target = made(3, 5).float(), torch.tensor([1, 2, 3])
+    scaler = torch.amp.GradScaler("cpu")
+    for done in range(2):  # before the first step, and after it
+        weights, momentum = head.weight.detach().clone(), optimiser.state_of(head.weight)["momentum_buffer"].clone()
+        with pytest.raises(RuntimeError, match=r"multiplied by 65536.*GradScaler"):
+            scaler.scale(head(x, target).sum()).backward()
+        assert torch.equal(weights, head.weight), "rows moved before the error"
+        assert optimiser.state[head.weight]["step"] == done
+        assert torch.equal(momentum, optimiser.state[head.weight]["momentum_buffer"])
+        (head(x, target).sum() * 1000.0).backward()  # a weight of the loss, nothing is left over from the error
+        assert not torch.equal(weights, head.weight)
+        optimiser.step()
+
+
+@cpu_only
+def test_where_looking_waits_for_the_device_the_first_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tm.optim, "looks_at_values", lambda device: False)
+    head = tm.MarginSoftmaxLoss(5, 12)
+    optimiser = RowSGD(head.parameters(), lr=0.1)
+    head.update_in_backward(optimiser)
+    x, target = made(3, 5).float(), torch.tensor([1, 2, 3])
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        (head(x, target) * 65536.0).backward()
+    head(x, target).backward()
+    optimiser.step()
+    (head(x, target) * 65536.0).backward()
+
+
+@cpu_only
 def test_a_bias_has_its_gradient_beside_rows_that_are_updated() -> None:
     biases = []
     for inside in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -253,6 +254,8 @@ def loss_of(
             loss = loss.sum()
         elif batch is not None:
             loss = batch.keep_own(loss)
+        if updater is not None and loss.requires_grad:
+            loss.register_hook(partial(updater.refuse_scaled, weight))
         if not return_stats:
             return loss
         stats = statistics(t, plain, rest, hardest, hardest_class, valid, walked < weight.shape[0])

@@ -227,7 +227,9 @@ class MarginSoftmaxLoss(nn.Module):
 
         Each backward then is a step of the optimizer for `weight`; its `step()` still has to be called, for other
         parameters and to say that the step is over. `weight` has no gradient, so that nothing can accumulate it over
-        several backwards, clip or unscale it: whoever tries gets an error. None ends it.
+        several backwards, clip or unscale it: whoever tries gets an error. None ends it. A loss that is multiplied by
+        1024 or more before backward, as a GradScaler does, raises RuntimeError there before any row moves; on a GPU
+        this is looked at in the optimizer's first step only, or with TRITONMARGIN_DEBUG=1.
 
         Raises:
             TypeError: not an optimizer of `tm.optim`.

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tritonmargin.checks import looks_at_values
 from tritonmargin.kernels.torch_ops import accumulate
 from tritonmargin.kernels.updates import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")
 CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the precision of sums
+# No weight of a loss is this large, and every scale that a GradScaler starts with is (its default is 2^16).
+SCALED = 1024.0
 
 
 class NoGradient(Tensor):
@@ -191,6 +194,28 @@ class RowOptimizer(torch.optim.Optimizer):
         self.group_of(weight)
         if not weight.is_contiguous():
             raise ValueError("update_in_backward: weight must be contiguous")
+
+    def refuse_scaled(self, weight: Tensor, grad: Tensor) -> None:
+        """For the gradient that a loss receives in backward, before it moves rows.
+
+        Its value is looked at on the CPU always, on other devices before the optimizer's first step and with
+        TRITONMARGIN_DEBUG=1, because looking means waiting for it.
+
+        Raises:
+            RuntimeError: it is as large as a GradScaler's scale. The rows' update could not be unscaled.
+        """
+        capturing = grad.is_cuda and torch.cuda.is_current_stream_capturing()
+        first = int(self.state_of(weight)["step"]) == 0 and not capturing
+        if not grad.numel() or not (first or looks_at_values(grad.device)):
+            return
+        scale = float(grad.detach().abs().max())
+        if scale >= SCALED:
+            raise RuntimeError(
+                f"tritonmargin: the loss is multiplied by {scale:g} before backward, as by a GradScaler. Rows updated "
+                "during backward (update_in_backward) cannot be unscaled. Keep the loss out of the GradScaler, which "
+                "bfloat16 does not need, or use the optimizer without update_in_backward, with sparse_grad=True. A "
+                "factor that is meant belongs into the learning rate."
+            )
 
     def begin_in_backward(self, weight: Tensor) -> RowUpdate:
         """`begin`, for a loss that updates rows while it finishes their gradient (`head.update_in_backward`)."""
