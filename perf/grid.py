@@ -112,7 +112,7 @@ BOTH = ("float32", "bfloat16")
 CHUNKS = tuple(f"ours:chunk_bytes={1 << power}" for power in range(18, 28, 2))
 KEPT = tuple(f"ours:retain={part}" for part in (0.25, 0.5, 0.75))
 RATES = tuple(f"ours-sampled:rate={rate}" for rate in (0.01, 0.03, 0.3))
-RANKS = tuple(f"ours-sharded:ranks={ranks}" for ranks in (1, 3, 4))
+RANKS = ("ours-sharded", *(f"ours-sharded:ranks={ranks}" for ranks in (1, 3, 4)))  # itself: two
 SWEEPS = Grid((100_000,), providers=("ours", *CHUNKS, *KEPT, *RATES, *RANKS), modes=(WHOLE,))
 LINEAR = Grid((10_000, 100_000, 300_000, 1_000_000), (128,), providers=("ours", "plain"), modes=(STEP,))
 SOFTMAX = ("ours", "ours-in-backward", "plain", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")

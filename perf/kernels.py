@@ -208,7 +208,8 @@ LIMITS = {
     ("sm_100", MATRIX_LARGEST): (
         "sm_100: a block's tcgen05 product reads both operands from shared memory, and they are loaded into it, at 128 "
         "bytes a cycle; 128 x 128 x 16 is 64 cycles of product and 128 of shared memory. Pairs of blocks (2-CTA "
-        "products) halve that; these kernels do not use them."
+        "products) of 256 x 256 would take 128 of product and 128 of shared memory, but Triton 3.8 does not make them: "
+        "with num_ctas=2 its tl.dot becomes one product a block, or does not compile where an operand is transposed."
     ),
 }
 

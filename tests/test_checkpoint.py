@@ -505,11 +505,11 @@ def test_ranks_on_different_file_systems_are_told_so(tmp_path):
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
 
-def killed(folder, step, answers):
-    """A save of `step` over steps 1 and 2, killed in front of each of its operations on files, one after the other."""
+def killed(folder, before, step, answers):
+    """A save of `step` over those before, killed in front of each of its operations on files, one after the other."""
     for moment in range(1000):
         place = Path(folder) / str(moment)
-        for seed in (1, 2):
+        for seed in before:
             save(place, state_of(10, seed), seed)
         child = os.fork()
         if child == 0:
@@ -539,9 +539,9 @@ def killed(folder, step, answers):
 
 def report_killed(pipe, folder):
     reports = []
-    for step in (3, 2):
+    for before, step in (((1, 2), 3), ((1, 2), 2), ((2,), 2)):
         answers = []
-        killed(f"{folder}/{step}", step, answers)
+        killed(f"{folder}/{len(before)}_{step}", before, step, answers)
         reports.append(answers)
     pipe.send(reports)
 
@@ -551,16 +551,17 @@ def test_a_save_that_is_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_pa
     process = CONTEXT.Process(target=report_killed, args=(end, tmp_path))  # without threads, to be forked
     process.start()
     end.close()
-    new, replaced = pipe.recv()
+    new, *replaced = pipe.recv()
     process.join()
     # Step 2 until the new one has its name, then step 3.
     assert [found for _, found, _ in new] == sorted(found for _, found, _ in new)
     assert {(found, epoch) for _, found, epoch in new} == {(2, 2), (3, 9)}
     assert new[-1] == (0, 3, 9)
     assert len(new) > 10
-    # The old step 2, the new one, or between their two renames step 1.
-    assert {(found, epoch) for _, found, epoch in replaced} == {(2, 2), (1, 1), (2, 9)}
-    assert [epoch for _, _, epoch in replaced].count(1) == 1
+    # The old step 2, also between the two renames, when it has another name; then the new one.
+    for answers in replaced:  # with an older one beside it, and alone
+        assert {(found, epoch) for _, found, epoch in answers} == {(2, 2), (2, 9)}
+        assert answers[-1] == (0, 2, 9)
 
 
 # -- in the background -------------------------------------------------------------------------------------------------
@@ -613,6 +614,15 @@ def test_a_save_that_fails_in_the_background_says_so_when_asked(tmp_path):
     assert names(tmp_path) == ["step_0000000002"]
     with pytest.raises(CheckpointError, match="No space left"):
         future.result()
+
+
+def test_a_save_that_fails_in_the_background_is_a_warning_where_nobody_asks(tmp_path):
+    def fail() -> None:
+        save(tmp_path, {"weight": matrix(10, 1)}, 1, asynchronous=True)
+        assert load(tmp_path, {"weight": matrix(10, 1)}) is None  # waits for it
+
+    with FullDisk(".distcp"), pytest.warns(UserWarning, match=r"step_0000000001 was not written: .*No space left"):
+        fail()
 
 
 # -- centers -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,25 @@ def test_all_rows_are_torchs_optimiser(kind: str, dtype: torch.dtype, form: str)
             torch.testing.assert_close(a, b, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_adamw_is_torchs_bit_for_bit_where_nothing_is_rounded(dtype: torch.dtype, form: str) -> None:
+    """Gradients that are powers of two, and numbers with which both bias corrections divide without a remainder."""
+    options: dict[str, Any] = dict(lr=0.1875, betas=(0.5, 0.75), eps=0.0, weight_decay=2.0)
+    a, b = (nn.Parameter((made(C, D, seed=1).to(dtype) * 8).round() / 8) for _ in range(2))
+    grad = torch.exp2((made(C, D, seed=2).to(dtype) * 3).round()) * made(C, D, seed=3).to(dtype).sign()
+    one, other = RowAdamW([a], **options), torch.optim.AdamW([b], **options)
+    start = a.detach().clone()
+    for step in range(1, 3):
+        a.grad = grad if form == "dense" else sparse(torch.arange(C), grad)
+        b.grad = grad.clone()
+        one.step()
+        other.step()
+        expected = start * 0.625**step - 0.1875 * grad.sign() * (1.0 if step == 1 else 1.625)
+        assert torch.equal(b, expected), "the case is not exact"
+        assert torch.equal(a, b)
+
+
 @every_optimiser
 @settings(max_examples=15 * MORE)
 @drawn(data=st.data())
@@ -312,6 +331,36 @@ def test_what_needs_a_gradient_says_that_there_is_none() -> None:
     optimiser.zero_grad()
     head(x, target).backward()
     assert head.weight.grad.shape == head.weight.shape
+
+
+@every_backend
+def test_rows_that_moved_are_not_walked_back_with(backend: str) -> None:
+    """The weight is changed in place, and autograd knows: kernels, too, say so."""
+    head = tm.MarginSoftmaxLoss(16, 40, tm.ArcFace(s=8.0), device=DEVICE)
+    optimiser = RowSGD(head.parameters(), lr=0.1)
+    head.update_in_backward(optimiser)
+    x, target = made(3, 16).float().to(DEVICE), torch.tensor([1, 2, 3], device=DEVICE)
+    with tm.use_backend(backend):
+        first, second = head(x, target), head(x, target)
+        first.backward()
+        optimiser.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            second.backward()
+
+
+@cpu_only
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_the_weight_is_refused_before_rows_move(hook: str) -> None:
+    head = tm.MarginSoftmaxLoss(5, 12)
+    head.update_in_backward(RowSGD(head.parameters(), lr=0.1))
+    handle = getattr(head.weight, hook)(lambda grad: None)
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="a hook on the weight"):
+        head(made(3, 5).float(), torch.tensor([1, 2, 3])).backward()
+    assert torch.equal(head.weight, before)
+    handle.remove()
+    head(made(3, 5).float(), torch.tensor([1, 2, 3])).backward()
+    assert not torch.equal(head.weight, before)
 
 
 @cpu_only

@@ -327,10 +327,17 @@ def disagreements() -> None:
         "dtype": dict(dtype=(torch.float32, torch.bfloat16)[rank]),
         "sample_rate": dict(sample_rate=0.5 + 0.1 * rank),
         "reduction": dict(reduction=("mean", "sum")[rank]),
+        "margin is .*half.*": dict(margin=Halved(0.5 + rank)),
+        "margin is .*scheduled.*": dict(margin=scheduled(bool(rank))),
     }.items():
+        name = name if "margin is" in name else f"{name} is"
         arguments: dict[str, Any] = dict(embedding_dim=D, num_classes=10) | options
-        with pytest.raises(ValueError, match=f"{name} is .* on rank 1, .* on rank 0"):
+        with pytest.raises(ValueError, match=f"{name}.* on rank 1, .* on rank 0"):
             tm.MarginSoftmaxLoss(process_group=dist.group.WORLD, **arguments)
+    tm.MarginSoftmaxLoss(D, 10, scheduled(True), process_group=dist.group.WORLD)  # alike, at other addresses
+    for options in (dict(dtype=torch.int64), dict(seed="one"), dict(device="nowhere")):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=None if rank else "rank 1 has an error: "):
+            tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, **(options if rank else {}))
     head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
     x, target = made(3, D).float(), torch.tensor([1, 2, 3 if rank else 11])
     with pytest.raises((ValueError, RuntimeError), match="rank 0 .* had an error" if rank else "class number 11"):
@@ -344,13 +351,66 @@ def disagreements() -> None:
     ids = torch.tensor([1, 2, 3]) if rank else torch.tensor([3, 2, 1])
     with pytest.raises((ValueError, RuntimeError), match="rank 0 .* had an error" if rank else "sorted and unique"):
         head(x, torch.tensor([1, 2, 3]), class_ids=ids)
+    with pytest.raises(RuntimeError, match="ask for class_ids or none: rank 1 does not and rank 0 does"):
+        head(x, torch.tensor([1, 2, 3]), class_ids=None if rank else torch.arange(5))
+    sampled = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, sample_rate=0.5).train(bool(rank))
+    with pytest.raises(RuntimeError, match="ask for a sample of the classes or none: rank 1 does and rank 0 does not"):
+        sampled(x, torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="rank 1 has an error: label_smoothing" if not rank else "between 0 and 1"):
         tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, label_smoothing=2.0 if rank else 0.0)
     with pytest.raises(ValueError, match="has 5 classes, this head 10"):
         head.load_state_dict(tm.MarginSoftmaxLoss(D, 5).state_dict())
+    other = tm.MarginSoftmaxLoss(D, 9, process_group=dist.group.WORLD)  # rank 0 has five rows of both
+    with pytest.raises(ValueError, match="has 10 classes, this head 9"):
+        other.load_state_dict(head.state_dict())
+    states = [tm.optim.RowSGD(each.parameters(), lr=0.1, momentum=0.9) for each in (head, other)]
+    with pytest.raises(ValueError, match=r"momentum_buffer has shape \(10, 7\), expected \(9, 7\)"):
+        states[1].load_state_dict(states[0].state_dict())
     with pytest.raises(RuntimeError, match="ask for float64 numbers or none"):
         head(x.double() if rank else x, torch.tensor([1, 2, 3]))
     assert head(x, torch.tensor([1, 2, 3])).isfinite(), "usable after an error"
+
+
+class Halved(tm.Margin):
+    """What a user writes, with a number that repr does not show."""
+
+    def __init__(self, half: float) -> None:
+        super().__init__()
+        self.half = half
+
+    def target_cosine(self, cos: Tensor) -> Tensor:
+        return self.half * cos
+
+
+def scheduled(really: bool) -> tm.Margin:
+    margin = tm.ArcFace(m=0.1)
+    return margin.with_schedule(m=lambda step: 0.1 * step) if really else margin
+
+
+def test_14_ranks_of_other_groups_are_an_error_within_the_timeout() -> None:
+    error, _ = on_ranks(2, other_groups, timeout=3.0)[::-1]
+    assert "this rank's group is of the ranks [0, 1], and not all of them made a head with a group" in error
+
+
+def other_groups() -> str:
+    alone = dist.new_group([0])
+    try:
+        tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD if dist.get_rank() else alone)
+    except RuntimeError as error:
+        return str(error)
+    time.sleep(6.0)  # a rank that is gone would be noticed at once
+    return ""
+
+
+def test_statistics_are_of_a_sample_on_every_rank_if_on_one() -> None:
+    assert on_ranks(2, sampled_statistics) == [True, True]
+
+
+def sampled_statistics() -> bool:
+    # Two classes on rank 0, one of them walked, and one on rank 1, which has nothing to choose from.
+    head = tm.MarginSoftmaxLoss(D, 3, process_group=dist.group.WORLD, sample_rate=0.5)
+    _, stats = head(made(1, D).float(), torch.tensor([2]), return_stats=True)
+    return bool(stats.sampled.all())
 
 
 def test_a_rank_without_samples_or_gradient_takes_part() -> None:
@@ -394,10 +454,42 @@ def nan_on_one() -> None:
                 optimiser = tm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
                 head(x, target).sum().backward()
                 optimiser.step()
-                assert torch.equal(x.grad, torch.zeros_like(x))
+                assert x.grad is None
                 assert torch.equal(head.weight, before)
             head(made(2, D).float(), target).sum().backward()
             assert head.weight.grad.isfinite().all()
+
+
+def test_14_a_skipped_step_leaves_the_backbone_alone() -> None:
+    """0 times the nan of a backbone's activations is nan: backward must not go there at all."""
+    first, second = on_ranks(2, nan_in_a_backbone)
+    assert first == second, "the replicas differ"
+
+
+def nan_in_a_backbone() -> list[float]:
+    torch.manual_seed(0)
+    backbone = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)))
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, on_nonfinite="skip")
+    head.update_in_backward(rows := tm.optim.RowSGD(head.parameters(), lr=0.1))
+    optimiser = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
+    target = torch.tensor([1, 9])
+    for step in range(4):
+        before = [each.detach().clone() for each in (*backbone.parameters(), head.weight)]
+        x = made(2, D, seed=10 * step + dist.get_rank()).float()
+        if step % 2 and dist.get_rank():
+            x[0, 0] = torch.nan
+        optimiser.zero_grad()
+        loss = head(backbone(x), target)
+        loss.backward()
+        if step % 2 == 0:
+            optimiser.step()
+        else:
+            assert all(each.grad is None for each in (*backbone.parameters(), head.weight))
+        rows.step()
+        after = (*backbone.parameters(), head.weight)
+        assert all(torch.equal(a, b) == bool(step % 2) for a, b in zip(before, after, strict=True)), step
+        assert all(each.isfinite().all() for each in after)
+    return [float(each.detach().double().sum()) for each in backbone.parameters()]
 
 
 @pytest.mark.parametrize("moment", ["before the step", "between forward and backward"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -102,8 +103,16 @@ def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 def in_background(work: Callable[[], T]) -> Future[T]:
     """Do `work` in the one background thread."""
     future = _thread.submit(work)
+    future.add_done_callback(tell)
     _running[:] = [future]
     return future
+
+
+def tell(future: Future[Any]) -> None:
+    """A training that never asks its futures hears of a failure all the same."""
+    error = future.exception()
+    if error is not None:
+        warnings.warn(f"tritonmargin: {error}", stacklevel=2)
 
 
 def causes(error: BaseException, rank: int) -> dict[int, str]:

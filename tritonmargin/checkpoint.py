@@ -37,7 +37,17 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from tritonmargin.agree import CheckpointError, Ranks, describe, in_background
 from tritonmargin.centers import export_centers, import_insightface
-from tritonmargin.manifest import PARTIAL, complete_steps, fingerprint, name_of, problem, prune, publish, read_manifest
+from tritonmargin.manifest import (
+    PARTIAL,
+    clear,
+    complete_steps,
+    fingerprint,
+    name_of,
+    problem,
+    prune,
+    publish,
+    read_manifest,
+)
 
 __all__ = ["CheckpointError", "export_centers", "import_insightface", "load", "save"]
 
@@ -65,11 +75,13 @@ def save(
         state: dicts and lists of tensors, DTensors and Python values, nested. Tensors may be on any device.
         step: number of the checkpoint.
         group: its ranks write; None: the default group, or this process alone without torch.distributed. The first
-            save or load of a group makes a gloo group of the same ranks, for what they have to say to each other.
+            save or load of a group makes a gloo group of the same ranks, for what they have to say to each other. It
+            waits for a rank that is slow, or stuck, for torch's 30 minutes: writing takes longer than a collective.
         keep: that many checkpoints remain, those of the highest steps; the one just written always does.
         asynchronous: copy the state to the CPU, return, and write in a background thread: one more copy of the
             rank's part of the state in host memory, and training may go on and change it. The thread has the gloo
             group for itself. The next save or load waits for it; wait for it, too, before you destroy process groups.
+            A failure is also a warning, for those who never ask the future.
 
     Returns:
         A future of the checkpoint's path. With `asynchronous`, ask it for its `result()`, which raises what went
@@ -105,8 +117,7 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
         names = list(prepared.result()) if ranks.rank == 0 else []
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in path.parent.glob(f"step_*{PARTIAL}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            clear(path.parent)
             unfinished.mkdir()
         return names
 
@@ -214,11 +225,11 @@ def load(
         check_integer("step", step, 0)
     ranks = Ranks(group)
     # What the first rank sees counts: another save may be at work.
-    steps = ranks.gather(lambda: complete_steps(Path(folder)) if ranks.rank == 0 else [])[0]
+    steps = ranks.gather(lambda: complete_steps(Path(folder)) if ranks.rank == 0 else {})[0]
     if step is None and not steps:
         return None
-    chosen = steps[-1] if step is None else step
-    path = Path(folder) / name_of(chosen)
+    chosen = max(steps) if step is None else step
+    path = Path(folder) / steps.get(chosen, name_of(chosen))
     try:
         if chosen not in steps:
             raise CheckpointError("no such checkpoint, or not a complete one")

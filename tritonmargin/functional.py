@@ -143,7 +143,7 @@ def loss_of(
             checks.check_no_scaler(torch.get_autocast_dtype(embeddings.device.type))
     except (TypeError, ValueError):
         if shard is not None:
-            shard.announce_error(embeddings, alike=1)
+            shard.announce_error(embeddings, alike=3)
         raise
     compute = torch.promote_types(embeddings.dtype, weight.dtype)
     device = embeddings.device.type
@@ -165,7 +165,8 @@ def loss_of(
         x = torch.where((label >= 0)[:, None], embeddings, 0.0).to(accumulate(compute))
         batch = None
         if shard is not None:
-            batch = shard.batch(x, statistics=return_stats)
+            sampling = {"class_ids": ids is not None, "a sample of the classes": isinstance(class_ids, Sampler)}
+            batch = shard.batch(x, statistics=return_stats, **sampling)
             x = scale_gradient(x, shard.world_size) if shard.gradient_for == "ddp" else x
         x, norm = scaled_rows(x, margin)
         if batch is not None:
@@ -258,7 +259,10 @@ def loss_of(
             loss.register_hook(partial(updater.refuse_scaled, weight))
         if not return_stats:
             return loss
-        stats = statistics(t, plain, rest, hardest, hardest_class, valid, walked < weight.shape[0])
+        sampled = torch.tensor(walked < weight.shape[0], device=x.device)
+        if shard is not None:  # one rank may have walked all of its few classes
+            sampled = shard.all_max(sampled.to(torch.int32)) > 0
+        stats = statistics(t, plain, rest, hardest, hardest_class, valid, sampled)
         return loss, stats if batch is None else Stats(*(each[batch.own] for each in stats))
 
 
@@ -399,7 +403,7 @@ def mean_numbers(
 
 @torch.no_grad()
 def statistics(
-    t: Tensor, plain: Tensor, rest: Tensor, hardest: Tensor, hardest_class: Tensor, valid: Tensor, sampled: bool
+    t: Tensor, plain: Tensor, rest: Tensor, hardest: Tensor, hardest_class: Tensor, valid: Tensor, sampled: Tensor
 ) -> Stats:
     return Stats(
         target_logit=torch.where(valid, t, torch.nan),
@@ -407,5 +411,5 @@ def statistics(
         hardest_class=torch.where(valid, hardest_class, -1),
         hardest_logit=torch.where(valid, hardest, torch.nan),
         correct=valid & (plain > hardest),
-        sampled=torch.full_like(valid, sampled),
+        sampled=sampled.expand_as(valid).clone(),
     )

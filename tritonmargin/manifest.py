@@ -14,6 +14,7 @@ from tritonmargin.agree import CheckpointError, describe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+REPLACED = ".replaced.partial"
 READ_BYTES = 1 << 20
 
 
@@ -21,12 +22,26 @@ def name_of(step: int) -> str:
     return f"step_{step:010d}"
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints, in order."""
-    if not folder.exists():
-        return []
-    found = [re.fullmatch(r"step_(\d{10,})", name) for name in os.listdir(folder)]
-    return sorted(int(match[1]) for match in found if match)
+def complete_steps(folder: Path) -> dict[int, str]:
+    """The names of the complete checkpoints by their steps, in order.
+
+    One that was about to be replaced when its job was killed counts, by the name that it was set aside with.
+    """
+    found: dict[int, str] = {}
+    for name in sorted(os.listdir(folder)) if folder.exists() else ():
+        match = re.fullmatch(rf"step_(\d{{10,}})({re.escape(REPLACED)})?", name)
+        if match:
+            found.setdefault(int(match[1]), name)  # its own name comes first
+    return dict(sorted(found.items()))
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed saves have left, and give a checkpoint that they had set aside its name back."""
+    for step, name in complete_steps(folder).items():
+        if name.endswith(REPLACED):
+            os.rename(folder / name, folder / name_of(step))
+    for leftover in folder.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(partial: Path, path: Path, step: int, world_size: int, files: dict[str, dict[str, int]]) -> None:
@@ -42,8 +57,7 @@ def publish(partial: Path, path: Path, step: int, world_size: int, files: dict[s
         stream.flush()
         os.fsync(stream.fileno())
     sync_folder(partial)
-    replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
-    shutil.rmtree(replaced, ignore_errors=True)
+    replaced = path.with_name(path.name + REPLACED)
     if path.exists():
         os.rename(path, replaced)
     os.rename(partial, path)

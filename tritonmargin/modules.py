@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class MarginSoftmaxLoss(nn.Module):
             times that of the loss, since DistributedDataParallel and FSDP divide a backbone's gradients by it. "sum":
             the gradient of the loss.
         on_nonfinite: what to do when the loss is nan or inf, on all ranks alike: "raise" FloatingPointError, or
-            "skip": return it without a gradient for `weight` and with gradient 0 for embeddings. Both wait for the
-            device. None: nothing.
+            "skip": return it such that backward leaves all gradients as they are, of `weight` and of the backbone.
+            Both wait for the device. None: nothing.
         class_weight: [C], multiplies the loss of the class's samples.
         ignore_index, label_smoothing, reduction, objective: see `tm.margin_cross_entropy`.
         seed: of the class sampling.
@@ -100,35 +101,35 @@ class MarginSoftmaxLoss(nn.Module):
         try:
             check_head(
                 embedding_dim, num_classes, margin, sample_rate, logq_correction, sub_centers, process_group,
-                gradient_for, on_nonfinite, class_weight, label_smoothing, reduction, objective,
+                gradient_for, on_nonfinite, class_weight, label_smoothing, reduction, objective, seed, dtype,
             )  # fmt: skip
-        except (TypeError, ValueError) as error:
+            self.embedding_dim = embedding_dim
+            self.num_classes = num_classes
+            self.margin = margin
+            self.sample_rate = sample_rate
+            self.logq_correction = logq_correction
+            self.sparse_grad = sparse_grad
+            self.retain_bytes = retain_bytes
+            self.on_nonfinite = on_nonfinite
+            self.ignore_index = ignore_index
+            self.label_smoothing = label_smoothing
+            self.reduction = reduction
+            self.objective = objective
+            self.seed = seed
+            self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
+            self._updater: RowOptimizer | None = None
+            rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
+            self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+            if self.shard is not None and class_weight is not None:
+                class_weight = class_weight[self.shard.start : self.shard.stop].clone()
+            self.register_buffer("class_weight", class_weight)
+            self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0]))
+            self.mark_rows()
+        except Exception as error:
             if isinstance(process_group, dist.ProcessGroup):
                 check_agreement(process_group, {"error": str(error)})  # the others would wait for this rank
             raise
-        self.embedding_dim = embedding_dim
-        self.num_classes = num_classes
-        self.margin = margin
-        self.sample_rate = sample_rate
-        self.logq_correction = logq_correction
-        self.sparse_grad = sparse_grad
-        self.retain_bytes = retain_bytes
-        self.on_nonfinite = on_nonfinite
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.objective = objective
-        self.seed = seed
-        self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
-        self._updater: RowOptimizer | None = None
-        rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
-        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
-        if self.shard is not None:
-            class_weight = None if class_weight is None else class_weight[self.shard.start : self.shard.stop].clone()
-        self.register_buffer("class_weight", class_weight)
-        self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0]))
-        self.mark_rows()
         if self.shard is not None:
             check_agreement(self.shard.group, self.description())
         self.reset_parameters()
@@ -202,10 +203,10 @@ class MarginSoftmaxLoss(nn.Module):
         if self.on_nonfinite is None:
             return result
         loss, stats = result if isinstance(result, tuple) else (result, None)
-        loss = self.if_finite(loss, embeddings)
+        loss = self.if_finite(loss)
         return loss if stats is None else (loss, stats)
 
-    def if_finite(self, loss: Tensor, embeddings: Tensor) -> Tensor:
+    def if_finite(self, loss: Tensor) -> Tensor:
         """The loss; or what `on_nonfinite` says, on all ranks alike, if any rank's is nan or inf."""
         bad = (~loss.detach().isfinite()).any().to(torch.float32)
         if self.shard is not None and self.reduction == "none":
@@ -216,11 +217,10 @@ class MarginSoftmaxLoss(nn.Module):
             raise FloatingPointError(
                 f"the loss is {loss.detach().sum().item()}: nan or inf in some sample, on all ranks"
             )
-        # Connected to the embeddings alone, so that a backbone's hooks run on every rank, with gradient 0.
-        if torch.is_grad_enabled() and not embeddings.requires_grad:
-            embeddings = embeddings.detach().requires_grad_()
-        nothing = torch.where(torch.zeros_like(embeddings, dtype=torch.bool), embeddings, 0.0).sum()
-        return loss.detach() + nothing.to(loss.dtype)
+        # A leaf of its own: backward reaches nothing, not even the embeddings, because a gradient of 0 times what is
+        # nan in a backbone is nan.
+        nothing = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=torch.is_grad_enabled())
+        return loss.detach() + nothing
 
     def update_in_backward(self, optimizer: RowOptimizer | None) -> None:
         """Let `optimizer` update `weight` during backward, chunk by chunk: its C x D gradient never exists.
@@ -256,13 +256,12 @@ class MarginSoftmaxLoss(nn.Module):
         given = dict(state_dict)
         for name in ("weight", "bias", "class_weight"):
             value = given.get(prefix + name)
+            global_size = self.shard is not None or isinstance(value, DTensor)
+            if isinstance(value, Tensor) and global_size and len(value) != self.num_classes:
+                raise ValueError(f"{prefix + name} has {len(value)} classes, this head {self.num_classes} on all ranks")
             if isinstance(value, DTensor):
                 given[prefix + name] = value.to_local() if self.shard is not None else value.full_tensor()
             elif self.shard is not None and isinstance(value, Tensor):
-                if len(value) != self.num_classes:
-                    raise ValueError(
-                        f"{prefix + name} has {len(value)} classes, this head {self.num_classes} on all ranks"
-                    )
                 given[prefix + name] = value[self.shard.start : self.shard.stop]
         # Another sample rate is no other model.
         if self.sampler is None:
@@ -278,7 +277,7 @@ class MarginSoftmaxLoss(nn.Module):
             "embedding_dim": self.embedding_dim,
             "num_classes": self.num_classes,
             "dtype": str(self.weight.dtype),
-            "margin": repr(self.margin),
+            "margin": words_of(self.margin),
             "bias": self.bias is not None,
             "class_weight": self.class_weight is not None,
             "seed": self.seed,
@@ -308,6 +307,18 @@ class MarginSoftmaxLoss(nn.Module):
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])
 
 
+def words_of(margin: Margin) -> str:
+    """What ranks compare: the margin as it is printed, its plain attributes, its schedules."""
+    plain = {
+        name: value
+        for name, value in sorted(vars(margin).items())
+        if isinstance(value, int | float | str) and not name.startswith("_") and name not in ("s", "training")
+    }
+    schedules = dict(sorted(margin._schedules.items()))
+    words = f"{margin!r}" + (f" with {plain}" if plain else "") + (f" scheduled {schedules}" if schedules else "")
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", words)  # addresses in memory differ between ranks
+
+
 def check_head(
     embedding_dim: int,
     num_classes: int,
@@ -322,6 +333,8 @@ def check_head(
     label_smoothing: float,
     reduction: str,
     objective: str,
+    seed: int,
+    dtype: torch.dtype | None,
 ) -> None:
     """What can be said about a head before it is made."""
     for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
@@ -334,6 +347,10 @@ def check_head(
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
     check_name("gradient_for", gradient_for, GRADIENT_FOR)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating point torch.dtype or None, got {dtype!r}")
     if on_nonfinite is not None:
         check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
     if class_weight is not None:

@@ -31,7 +31,8 @@ class NoGradient(Tensor):
         raise RuntimeError(
             "tritonmargin: this weight has no gradient, its rows were updated during backward (update_in_backward). "
             "So the gradient can be neither clipped, nor unscaled by a GradScaler, nor accumulated over several "
-            "backwards. Use the optimizer without update_in_backward, with sparse_grad=True, for that."
+            "backwards. Use the optimizer without update_in_backward for that (a sparse gradient, sparse_grad=True, "
+            "can be unscaled and accumulated; clip_grad_norm_ takes dense ones only)."
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -204,9 +205,9 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: it is as large as a GradScaler's scale. The rows' update could not be unscaled.
         """
-        capturing = grad.is_cuda and torch.cuda.is_current_stream_capturing()
-        first = int(self.state_of(weight)["step"]) == 0 and not capturing
-        if not grad.numel() or not (first or looks_at_values(grad.device)):
+        first = int(self.state_of(weight)["step"]) == 0
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not grad.numel() or capturing or not (first or looks_at_values(grad.device)):
             return
         scale = float(grad.detach().abs().max())
         if scale >= SCALED:
@@ -224,11 +225,18 @@ class RowOptimizer(torch.optim.Optimizer):
                 "tritonmargin: a second backward before the optimizer's step() or zero_grad(): update_in_backward "
                 "updates the rows in every backward and cannot accumulate gradients over several"
             )
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                "tritonmargin: a hook on the weight waits for its gradient, and there is none: its rows are updated "
+                "during backward (update_in_backward). Remove the hook or use the optimizer without update_in_backward"
+            )
         return self.begin(weight)
 
     def finish_in_backward(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None:
         """`finish`; leaves in weight.grad what says that there is none."""
         self.finish(update, ids)
+        # Kernels write without autograd's knowledge: other losses that were computed from these rows must not go back.
+        torch.autograd.graph.increment_version(weight)
         nothing = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
         nothing.optimizer = self
         weight.grad = nothing
@@ -367,7 +375,11 @@ def matrix(tensor: Tensor) -> Tensor:
 def loaded_like(own: Tensor, value: Tensor, weight: Tensor, name: str) -> Tensor:
     """A copy of a state dict's tensor where the optimizer has its own; a shard's rows of one of all classes."""
     shard = getattr(weight, "shard", None)
-    value = value.to_local() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        every = (own.shape[0] if shard is None else shard.num_classes, *own.shape[1:])
+        if value.shape != every:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {every}")
+        value = value.to_local() if shard is not None else value.full_tensor()
     if shard is not None and value.shape[:1] == (shard.num_classes,):
         value = value[shard.start : shard.stop]
     if value.shape != own.shape:

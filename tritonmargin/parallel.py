@@ -42,9 +42,20 @@ def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) ->
     """ValueError on every rank, naming the difference, unless all ranks of the group describe themselves alike.
 
     A description with an "error" tells the others why this rank raises one.
+
+    Raises:
+        RuntimeError: within the group's timeout, where other ranks do not answer: they died, or made no head of this
+            group.
     """
     everyone: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, description, group=group)
+    try:
+        dist.all_gather_object(everyone, description, group=group)
+    except RuntimeError as lost:
+        members = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"process_group: this rank's group is of the ranks {members}, and not all of them made a head with a group "
+            f"of the same ranks: {lost}"
+        ) from lost
     for rank, other in enumerate(everyone):
         if "error" in other and "error" not in description:
             raise ValueError(f"process_group: rank {rank} has an error: {other['error']}")
