@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -41,18 +42,39 @@ def words(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
 
 
+def known(option: str, values: Iterable[str], allowed: Iterable[str]) -> None:
+    """BadParameter for a value that is none of those allowed."""
+    for value in values:
+        if value not in allowed:
+            raise typer.BadParameter(f"{value!r} is not among {', '.join(allowed)}", param_hint=f"--{option}")
+
+
+def known_device(device: str) -> None:
+    known("device", [device], ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU here", param_hint="--device")
+
+
+def loaded(folder: Path) -> results.Results:
+    """What a folder holds; BadParameter if a file of it cannot be read."""
+    try:
+        return results.load(folder)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise typer.BadParameter(f"a file in {folder} is damaged: {error}") from error
+
+
 @app.command()
 def run(
     quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: minutes on two cores")] = False,
     full: Annotated[bool, typer.Option("--full", help="every size and provider: hours on two cores")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
     classes: Annotated[str | None, typer.Option(help="instead of the sizes above, e.g. 1e4,1e6")] = None,
-    dim: Annotated[str, typer.Option(help="widths of the embeddings, e.g. 128,512")] = "512",
-    batch: Annotated[str, typer.Option(help="samples, e.g. 32,256")] = "256",
-    dtype: Annotated[str, typer.Option(help="among fp32, bf16, fp16")] = "fp32",
-    losses: Annotated[str, typer.Option(help=f"among {', '.join(LOSSES)}")] = "arcface",
-    providers: Annotated[str, typer.Option(help="see `python -m perf providers`")] = ",".join(grid.EVERYONE),
-    modes: Annotated[str, typer.Option(help=f"among {', '.join(MODES)}")] = ",".join(grid.COMMON),
+    dim: Annotated[str | None, typer.Option(help="widths of the embeddings, e.g. 128,512; 512")] = None,
+    batch: Annotated[str | None, typer.Option(help="samples, e.g. 32,256; 256")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"among {', '.join(grid.DTYPES)}; fp32")] = None,
+    losses: Annotated[str | None, typer.Option(help=f"among {', '.join(LOSSES)}; arcface")] = None,
+    providers: Annotated[str | None, typer.Option(help="see `python -m perf providers`; all")] = None,
+    modes: Annotated[str | None, typer.Option(help=f"among {', '.join(MODES)}; {', '.join(grid.COMMON)}")] = None,
     longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step")] = None,
     out: Annotated[
         Path | None,
@@ -65,12 +87,15 @@ def run(
     """Measure, write CSVs and the page. Stopped at any moment, it goes on where it was when it is called again."""
     name = "tiny" if tiny else "quick" if quick else "full" if full else "default"
     plan = grid.PLANS[name]
+    known_device(device)
+    if not classes and any((dim, batch, dtype, losses, providers, modes)):
+        raise typer.BadParameter("a grid of your own starts with --classes, e.g. --classes 1e4,1e6")
     try:
         if classes:
             chosen = grid.Grid(
-                numbers(classes), numbers(dim), numbers(batch),
-                tuple(grid.DTYPES.get(each, each) for each in words(dtype)), words(losses), words(providers),
-                words(modes),
+                numbers(classes), numbers(dim or "512"), numbers(batch or "256"),
+                tuple(grid.DTYPES.get(each, each) for each in words(dtype or "fp32")), words(losses or "arcface"),
+                words(providers) or grid.EVERYONE, words(modes) or grid.COMMON,
             )  # fmt: skip
             for each in chosen.providers:
                 split(each)
@@ -89,6 +114,7 @@ def run(
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
     for file, why in discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
+    loaded(OUT if out is None else out)
     place = results.beside(OUT, facts) if out is None else out
     if held := results.another_machine(place, facts):
         raise typer.BadParameter(f"{place} holds results of another machine: {held}", param_hint="--out")
@@ -120,7 +146,10 @@ def written(out: Path, before: str = "") -> None:
     """Write the page of a folder and print its headline."""
     from perf import report  # matplotlib takes a second to import
 
-    found = results.load(out)
+    found = loaded(out)
+    if found.rows.empty and before:
+        console.print(f"{before}Nothing was measured yet", highlight=False)
+        return
     if found.rows.empty:
         raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
     path = report.write(out, found)
@@ -143,7 +172,10 @@ def readme_command(
     """Write the numbers of README.md again from the results."""
     from perf import readme as numbers
 
-    changed = numbers.write(readme, results.load(out))
+    found = loaded(out)
+    if found.rows.empty:
+        raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
+    changed = numbers.write(readme, found)
     console.print(f"{readme}: {'written' if changed else 'as it was'}", highlight=False)
 
 
@@ -171,7 +203,7 @@ def compare_command(
     for folder in (before, after):
         if not (folder / "results.csv").exists():
             raise typer.BadParameter(f"no results.csv in {folder}")
-    sides = results.load(before), results.load(after)
+    sides = loaded(before), loaded(after)
     found = compares.compare(*sides, threshold)
     if found.empty:
         raise typer.BadParameter("the two have no measured case in common")
@@ -217,19 +249,22 @@ def audit_command(
     width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
 ) -> None:
     """Compile the Triton kernels for GPUs that need not be here, read the code, predict a step, check budgets."""
-    from perf import executed, kernels
+    from perf import epilogues, executed, kernels
     from perf.gpus import GPUS
 
     targets, dtypes = tuple(target or kernels.TARGETS), tuple(dtype or kernels.DTYPES)
+    known("target", targets, GPUS)
+    known("dtype", dtypes, kernels.DTYPES)
     with saying() as say:
         frame = kernels.audit(say, targets, dtypes, tuple(width or kernels.WIDTHS))
+        others = epilogues.table(targets, tuple(each for each in dtypes if each != "float32"), say)
         predicted = pd.concat([kernels.predict(GPUS[name]) for name in targets], ignore_index=True)
         ran = executed.table()
-    rules = kernels.budgets(frame)
+    rules = kernels.budgets(frame, others)
     boxed(rules, "budgets")
     shown = predicted[["target", "schedule", "predicted_ms", "predicted_fraction_of_peak", "times_the_floor"]]
     boxed(shown.round(3), "a step, predicted: N=1024, D=512, C=1,000,000, bfloat16")
-    console.print(f"wrote {kernels.write(frame, predicted, ran, out)}", highlight=False)
+    console.print(f"wrote {kernels.write(frame, others, predicted, ran, out)}", highlight=False)
     raise typer.Exit(1 if "NO" in set(rules["met"]) else 0)
 
 
@@ -245,6 +280,10 @@ def tune_command(
     from perf.gpus import GPUS
 
     dtypes = dtype or list(tune.DTYPES)
+    known("target", target or (), GPUS)
+    known("dtype", dtypes, tune.DTYPES)
+    if device != "none":
+        known_device(device)
     with saying() as say:
         predicted = device == "none"
         frame = tune.tune(target or list(GPUS), dtypes, say) if predicted else tune.tune_here(dtypes, say)
@@ -270,6 +309,7 @@ def sampled_command(
     out: Reports = Path("reports"),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="the losses of samples instead of times")] = False,
 ) -> None:
     """A step of a tenth of the classes beside the full step, and the cost of drawing them (needs 6 GB)."""
     from perf import sampled
@@ -277,11 +317,13 @@ def sampled_command(
     facts = machine.describe("cpu")
     console.print(machine.one_line(facts), highlight=False)
     with saying() as say:
-        frame = sampled.table(say, rounds, tiny)
+        frame = sampled.losses(say, tiny=tiny) if losses else sampled.table(say, rounds, tiny)
+    path = out / ("sampled_losses.csv" if losses else "sampled.csv")
     out.mkdir(parents=True, exist_ok=True)
-    frame.assign(machine=machine.one_line(facts)).to_csv(out / "sampled.csv", index=False)
-    boxed(frame.T.reset_index().map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "sampled")
-    console.print(f"wrote {out / 'sampled.csv'}", highlight=False)
+    frame.assign(machine=machine.one_line(facts)).to_csv(path, index=False)
+    shown = frame if losses else frame.T.reset_index()
+    boxed(shown.map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "sampled")
+    console.print(f"wrote {path}", highlight=False)
 
 
 @app.command("gate")
@@ -322,6 +364,8 @@ def roofline_command(
     """Count flops, elements and bytes of a step, and say what bounds it on this machine."""
     from perf import roofline
 
+    known_device(device)
+    known("dtype", [dtype], grid.DTYPES.values())
     if threads:
         torch.set_num_threads(threads)
     problem = Problem(n, d, c, dtype, device)

@@ -65,7 +65,7 @@ class Grid:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, known in (("losses", LOSSES), ("modes", MODES)):
+        for name, known in (("losses", LOSSES), ("modes", MODES), ("dtypes", DTYPES.values())):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name} are among {', '.join(known)}, got {value!r}")

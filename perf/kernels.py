@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 import triton
 
-from perf import static
+from perf import epilogues, static
 from perf.compiled import MATRIX, Compiled, compiling_for
 from perf.gpus import GPUS, Gpu
 from tritonmargin.kernels import tiles, triton_ops
@@ -203,6 +203,7 @@ def row_seconds(kernel: str, size: Size, gpu: Gpu) -> float:
 
 MATRIX_LARGEST = "matrix units the largest term of a tile at D >= 256"
 OVERLAP = "exp beside the product: two blocks a processor, or specialised warps"
+NO_SPILL, OVERLAPPED = "no register spills in any epilogue", "two blocks a processor with any epilogue"
 # What no tile of the search meets, and why.
 LIMITS = {
     ("sm_100", MATRIX_LARGEST): (
@@ -211,13 +212,18 @@ LIMITS = {
         "products) of 256 x 256 would take 128 of product and 128 of shared memory, but Triton 3.8 does not make them: "
         "with num_ctas=2 its tl.dot becomes one product a block, or does not compile where an operand is transposed."
     ),
+    ("sm_90", NO_SPILL): "sm_90: a bias, statistics and kept logits at once want more than 255 registers: a few bytes.",
+    ("sm_90", OVERLAPPED): (
+        "sm_90: an epilogue that stores logits for backward wants more than the 128 registers that let a second block "
+        "in, and would spill under that limit. It follows the product instead of running beside another one."
+    ),
 }
 
 # -- budgets -----------------------------------------------------------------------------------------------------
 
 
-def budgets(frame: pd.DataFrame) -> pd.DataFrame:
-    """What must hold of the compiled kernels, one line each: met, or where not."""
+def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """What must hold of the compiled kernels and epilogues, one line each: met, or where not."""
     tiled = frame[frame["kernel"].isin(TILED)]
     low = tiled[tiled["dtype"] != "float32"]
     wide = low[low["D"] >= 256]
@@ -232,13 +238,16 @@ def budgets(frame: pd.DataFrame) -> pd.DataFrame:
         (MATRIX_LARGEST, wide[wide["bound_by"] != "matrix"]),
         (OVERLAP, wide[~wide["overlapped"].astype(bool)]),
         ("dL/dz at most 2 bytes per logit through main memory", frame.loc[tile_bytes[tile_bytes > 2].index]),
+        (NO_SPILL, others[others["spills"] > 0]),
+        (OVERLAPPED, others[~others["overlapped"].astype(bool)]),
     ]
     lines = []
     for name, broken in rules:
+        what, where = ("epilogue", "dtype") if "epilogue" in broken else ("kernel", "D")
         places = []
-        for (target, kernel), rows in broken.groupby(["target", "kernel"]):
-            dtypes, widths = (", ".join(map(str, sorted(set(rows[column])))) for column in ("dtype", "D"))
-            places.append(f"{target} {kernel}: {dtypes}, D = {widths}")
+        for (target, kernel), rows in broken.groupby(["target", what]):
+            dtypes, widths = (", ".join(map(str, sorted(set(rows[column])))) for column in ("dtype", where))
+            places.append(f"{target} {kernel}: {dtypes}" + (f", D = {widths}" if where == "D" else ""))
         limits = {LIMITS.get((at.target, name)) for at in broken.itertuples()}
         met = "yes" if broken.empty else "NO" if None in limits else "no, a known limit"
         lines.append({"budget": name, "met": met, "where not": "; ".join(places),
@@ -305,17 +314,18 @@ def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = 
 # -- the page ----------------------------------------------------------------------------------------------------
 
 
-def write(frame: pd.DataFrame, predicted: pd.DataFrame, ran: pd.DataFrame, out: Path) -> Path:
-    """kernels.csv, kernels_predicted.csv, kernels_executed.csv, kernels.md and two plots."""
+def write(frame: pd.DataFrame, others: pd.DataFrame, predicted: pd.DataFrame, ran: pd.DataFrame, out: Path) -> Path:
+    """kernels.csv, kernels_epilogues.csv, kernels_predicted.csv, kernels_executed.csv, kernels.md and two plots."""
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "kernels.csv", index=False)
+    others.to_csv(out / "kernels_epilogues.csv", index=False)
     predicted.to_csv(out / "kernels_predicted.csv", index=False)
     ran.to_csv(out / "kernels_executed.csv", index=False)
     from perf import kernel_plots
 
     kernel_plots.write(kernel_plots.cycles(frame), out / "kernels_cycles.png")
     kernel_plots.write(kernel_plots.rooflines(frame), out / "kernels_roofline.png")
-    rules = budgets(frame)
+    rules = budgets(frame, others)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == D)]
     columns = ["target", "kernel", "block", "warps", "stages", "registers", "spills", "shared_memory", "blocks",
                "matrix_kind", "loads_ahead", "exp2", "matrix_cycles", "exp_cycles", "issue_cycles", "shared_cycles",
@@ -349,6 +359,10 @@ reads x once a column of tiles and the class rows once a row of tiles; `tile_byt
 {shown[columns].to_markdown(index=False, floatfmt=".4g")}
 
 All {len(frame)} lines, with bytes and flops of a launch, are in [kernels.csv](kernels.csv).
+
+## Every epilogue of the tile kernel at N={epilogues.N:,}, D={epilogues.D}
+
+{others.to_markdown(index=False, floatfmt=".4g")}
 
 ![cycles of a tile](kernels_cycles.png)
 

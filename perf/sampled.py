@@ -1,16 +1,26 @@
-"""What class sampling saves: a sampled step beside the full one, and what the sampling itself costs.
+"""What class sampling saves, and what it does to the loss.
 
-Every step is forward, backward with the rows' update inside it (RowSGD with momentum), float32. Rounds are interleaved.
+Steps: a sampled step beside the full one, and what the sampling itself costs. Every step is forward, backward with the
+rows' update inside it (RowSGD with momentum), float32. Rounds are interleaved.
+
+Losses: the mean loss of a batch over samples of the classes beside its loss over all of them, with `logq_correction`
+and without: by how much it is off on average (bias), and its standard deviation from sample to sample (spread). Class
+centers are random directions; embeddings have a given cosine with their own. The correction makes the sum of exp right
+on average. Its logarithm is right where many classes make up the sum, and too low where a few do (large s, small D),
+because a sample mostly misses them.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 import tritonmargin as tm
 from perf.terminal import Say
@@ -57,3 +67,35 @@ def measure(classes: int, d: int, momentum: float, rounds: int, say: Say, n: int
         "sampled_over_full": seconds["sampled"] / seconds["full"],
         "sampling_over_step": seconds["sampling"] / seconds["sampled"],
     }  # fmt: skip
+
+
+def losses(say: Say = print, draws: int = 50, tiny: bool = False) -> pd.DataFrame:
+    """A line per width, scale, cosine and rate."""
+    classes, n = (300, 8) if tiny else (20_000, 64)
+    lines = []
+    for d, s, cosine in itertools.product((64, 512), (16.0, 64.0), (0.0, 0.7)):
+        say(f"losses: D={d}, s={s:g}, cosine {cosine}")
+        lines += [loss_at(classes, n, d, s, cosine, rate, draws) for rate in (0.01, 0.1, 0.3)]
+    return pd.DataFrame(lines)
+
+
+def loss_at(classes: int, n: int, d: int, s: float, cosine: float, rate: float, draws: int) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(0)
+    weight = F.normalize(torch.randn(classes, d, generator=generator, dtype=torch.float64))
+    target = torch.randperm(classes, generator=generator)[:n]
+    own = weight[target]
+    beside = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    beside = F.normalize(beside - (beside * own).sum(dim=1, keepdim=True) * own)
+    x, margin = cosine * own + math.sqrt(1.0 - cosine**2) * beside, tm.ArcFace(m=0.5, s=s)
+    full = float(tm.margin_cross_entropy(x, weight, target, margin))
+    line: dict[str, object] = {
+        "C": classes, "D": d, "N": n, "s": s, "cosine": cosine, "rate": rate, "draws": draws, "full": full,
+    }  # fmt: skip
+    samples = [tm.sample_classes(target, classes, round(rate * classes), generator) for _ in range(draws)]
+    for name, corrected in (("", False), ("corrected_", True)):
+        found = [
+            float(tm.margin_cross_entropy(x, weight, target, margin, class_ids=ids, logq_correction=corrected))
+            for ids in samples
+        ]
+        line |= {f"{name}bias": statistics.fmean(found) - full, f"{name}spread": statistics.stdev(found)}
+    return line

@@ -69,6 +69,20 @@ def heaviest(x: torch.Tensor, rows: torch.Tensor) -> None:
     triton_ops.reduce_chunk(rows, x, total.new_zeros(k), target, 0, False, tile, tile, True, run)
 
 
+def others(x: torch.Tensor, rows: torch.Tensor) -> None:
+    """Epilogues between the lightest and the heaviest: statistics; a softmax with a bias and its gradient."""
+    n, k = len(x), len(rows)
+    target = torch.zeros(n, dtype=torch.int64, device=x.device)
+    tile = triton_ops.new_tile(x, k, x.dtype)
+    total = torch.zeros(triton_ops.slots(x, k), n, device=x.device)
+    for bounded in (True, False):
+        run = Running(total, None if bounded else total.clone(), total.clone(), total.long())
+        triton_ops.reduce_chunk(rows, x, None, target, 0, bounded, tile, tile, False, run)
+    bias, shift = total.new_zeros(k), total.new_zeros(n)
+    for each, factor in ((None, None), (bias, shift)):
+        triton_ops.weigh_chunk(rows, x, each, target, 0, "softmax", shift, tile, tile, None, factor)
+
+
 def compile_with(tile: Tiles, gpu: Gpu, dtype: str, what: Callable[..., None] = launches, d: int = D) -> list[Compiled]:
     x, rows = (torch.empty(size, d, dtype=DTYPES[dtype]) for size in (N, K))
     chosen = tile._replace(programs=2 * gpu.processors if tile.programs else 0)
@@ -134,9 +148,19 @@ def settled(frame: pd.DataFrame, gpu: Gpu, dtype: str) -> pd.DataFrame:
         ]
         frame.loc[place, "spilled_bytes_elsewhere"] = sum(elsewhere)
         if elsewhere[0] == 0 and max(elsewhere) <= TOLERATED:
+            frame.loc[place, "registers"] = registers_for(tile, gpu, dtype, int(line["blocks"]))
             return pd.concat([frame.loc[[place]], frame.drop(index=place)], ignore_index=True)
         frame.loc[place, "usable"] = False
     return frame
+
+
+def registers_for(tile: Tiles, gpu: Gpu, dtype: str, resident: int) -> int:
+    """The limit that lets as many blocks in whatever the epilogue, where none spills under it; 0: no limit."""
+    limit = gpu.registers // (resident * tile.warps * 32) // 8 * 8
+    if gpu.target.startswith("gfx") or resident < 2 or limit >= 255:
+        return 0
+    found = compile_with(tile._replace(registers=limit), gpu, dtype, others)
+    return 0 if any(each.spills for each in found) else limit
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:

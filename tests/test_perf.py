@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -402,6 +403,46 @@ def test_the_cost_of_a_sampled_step_is_written(tmp_path: Path) -> None:
     frame = pd.read_csv(tmp_path / "sampled.csv")
     assert (frame[["full_s", "sampled_s", "sampling_s"]] > 0).all(axis=None)
     assert frame["machine"].str.contains("torch").all()
+
+
+def test_the_losses_of_samples_are_written(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["sampled", "--losses", "--tiny", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "sampled_losses.csv")
+    assert len(frame) == 24
+    spread_of_a_mean = frame["corrected_spread"] / frame["draws"] ** 0.5
+    assert (frame["bias"] < 0).all(), "a sum over fewer classes is smaller"
+    smooth = (frame["s"] == 16) & (frame["rate"] >= 0.1)  # at 0.01 a sample is the batch's classes
+    assert (frame["corrected_bias"].abs() < 0.2 * frame["bias"].abs() + 4 * spread_of_a_mean)[smooth].all()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("run --providers ours", "starts with --classes"),
+        ("run --classes 1e4 --dtype fp8", "dtypes are among float32"),
+        ("run --classes 1e4 --providers nobody", "no provider 'nobody'"),
+        ("run --tiny --device tpu", "'tpu' is not among cpu, cuda"),
+        ("readme --out missing", "no results in missing"),
+        ("report --out missing", "no results in missing"),
+        ("report --out damaged", "a file in damaged is damaged"),
+        ("run --tiny --out damaged", "a file in damaged is damaged"),
+        ("audit --target sm_75", "'sm_75' is not among"),
+        ("tune --dtype float16", "'float16' is not among"),
+        ("roofline --dtype fp8", "'fp8' is not among"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "runs.json").write_text("{")
+    (tmp_path / "README.md").write_text("as it was")
+    done = CliRunner().invoke(app, line.split(), env={"COLUMNS": "200"})
+    assert done.exit_code == 2, done.output
+    assert said in re.sub(r"[\s│]+", " ", done.output)
+    assert (tmp_path / "README.md").read_text() == "as it was"
 
 
 def test_the_head_of_millions_reports_at_a_small_size(tmp_path: Path) -> None:

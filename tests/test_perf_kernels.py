@@ -19,7 +19,9 @@ if MACHINE != "cpu":
 
 import pandas as pd  # noqa: E402
 
-from perf import gate, kernels, tune  # noqa: E402
+import tritonmargin as tm  # noqa: E402
+from perf import epilogues, gate, kernels, tune  # noqa: E402
+from perf.compiled import compiling_for  # noqa: E402
 from perf.gpus import GPUS  # noqa: E402
 from tritonmargin.kernels import tiles  # noqa: E402
 
@@ -73,19 +75,51 @@ def test_formulas_are_what_the_kernels_do() -> None:
 
 
 @once
+def test_every_epilogue_is_compiled_without_spills_and_two_to_a_processor() -> None:
+    found = epilogues.table(("sm_90",), say=lambda line: None).set_index("epilogue")
+    keeping = found.index.str.contains(epilogues.KEEPING)
+    assert keeping.sum() == 3
+    assert len(found) == 14
+    assert (found["spills"][~keeping] == 0).all()
+    # The limit of registers lets two in; what does not do with it has none, see tiles.json and `launch`.
+    alone = found.index[~found["overlapped"]]
+    assert set(alone) == {*found.index[keeping], "gradient of hinge and bias"}
+    assert (found.loc[~found.index.isin(alone), "registers"] <= 128).all()
+
+
+@once
 def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
-    rules = kernels.budgets(audited).set_index("budget")
+    fine = pd.DataFrame([{"target": "sm_90", "dtype": "bfloat16", "epilogue": "any", "spills": 0, "overlapped": True}])
+    assert (kernels.budgets(audited, fine)["met"] == "yes").all()
+    others = kernels.budgets(audited, fine.assign(spills=8, overlapped=False, target="sm_80")).set_index("budget")
+    assert others.loc[[kernels.NO_SPILL, kernels.OVERLAPPED], "met"].tolist() == ["NO", "NO"]
+    assert others.loc[kernels.NO_SPILL, "where not"] == "sm_80 any: bfloat16"
+    rules = kernels.budgets(audited, fine).set_index("budget")
     assert rules.loc["no register spills anywhere", "met"] == "yes"
     worse = audited.copy()
     worse.loc[worse.index[0], "spills"] = 8
     worse.loc[worse["kernel"] == "weigh_chunk", ["overlapped", "main_memory_bytes"]] = [False, 10**12]
-    rules = kernels.budgets(worse).set_index("budget")
+    rules = kernels.budgets(worse, fine).set_index("budget")
     assert rules.loc["no register spills anywhere", "met"] == "NO"
     assert "sm_90 prepare_rows: bfloat16, D = 64" in rules.loc["no register spills anywhere", "where not"]
     assert rules.loc[kernels.OVERLAP, "met"] == "NO"
     assert rules.loc["dL/dz at most 2 bytes per logit through main memory", "met"] == "NO"
     limited = audited.assign(target="sm_100", bound_by="shared")
-    assert kernels.budgets(limited).set_index("budget").loc[kernels.MATRIX_LARGEST, "met"] == "no, a known limit"
+    assert kernels.budgets(limited, fine).set_index("budget").loc[kernels.MATRIX_LARGEST, "met"] == "no, a known limit"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("unit", [True, False])
+def test_no_width_spills(target: str, unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library launches at a D that is a multiple of nothing: whole vectors are loaded all the same."""
+    monkeypatch.setattr("tritonmargin.kernels.why_not_triton", lambda *_: None)  # nothing runs
+    x, weight = (torch.randn(size, 501, dtype=torch.bfloat16, requires_grad=True) for size in (64, 300))
+    margin = tm.ArcFace() if unit else tm.Softmax()
+    with compiling_for(target) as found, tm.use_backend("triton"):
+        tm.margin_cross_entropy(x, weight, torch.arange(64), margin).backward()
+    assert {each.kernel for each in found} == {"prepare_kernel", "tile_kernel", "finish_kernel"}
+    assert all(each.spills == 0 for each in found), [(each.kernel, each.spills) for each in found]
+    assert {each.options["D"] for each in found if each.kernel == "tile_kernel"} == {512}
 
 
 def test_a_spill_is_seen() -> None:

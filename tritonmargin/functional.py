@@ -198,7 +198,7 @@ def loss_of(
         if label_smoothing:
             ones = torch.ones(weight.shape[0], dtype=x.dtype, device=x.device)
             mean_weight = ones if class_weight is None else class_weight.detach().to(x.dtype)
-            mean_weight = mean_weight / all_sum(shard, x.new_tensor(walked)).clamp(min=1)
+            mean_weight = mean_weight / all_sum(shard, x.new_full((), walked)).clamp(min=1)
         needs_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
         )
@@ -259,7 +259,7 @@ def loss_of(
             loss.register_hook(partial(updater.refuse_scaled, weight))
         if not return_stats:
             return loss
-        sampled = torch.tensor(walked < weight.shape[0], device=x.device)
+        sampled = torch.full((), walked < weight.shape[0], device=x.device)
         if shard is not None:  # one rank may have walked all of its few classes
             sampled = shard.all_max(sampled.to(torch.int32)) > 0
         stats = statistics(t, plain, rest, hardest, hardest_class, valid, sampled)

@@ -101,7 +101,7 @@ def stream_op(
             prepared = walk.rows(start, stop)
             weights = walk.select(class_weight, start, stop)
             if weights is not None and prepared.exact is not None:
-                mean_row += weights @ prepared.exact.to(walk.acc)
+                mean_row += weights @ prepared.exact[:, : walk.d].to(walk.acc)
             if want_rest or want_hardest or threshold is not None:
                 tile = retained[start:stop] if stop <= kept else walk.tile_buffer[: stop - start]
                 chunk_bias = walk.bias(bias, offset, start, stop)
@@ -257,7 +257,7 @@ def walk_back(
                     g_walk if need_bias else None,
                 )  # fmt: skip
                 if need_x:
-                    add_product(grad_x, share.t(), rows)
+                    add_product(grad_x, share.t(), rows[:, : walk.d])
                 if by_class is not None:
                     grad_bias[slice(start, stop) if class_ids is None else class_ids[start:stop]] = by_class
             if not need_weight:

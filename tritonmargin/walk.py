@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonmargin.kernels import load_backend
@@ -78,9 +79,12 @@ class Walk:
         self.chunk = chunk_of(self.ops, x, dtype, self.classes, chunk_bytes)
         self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
         if self.ops.FUSED:
-            self.x = self.x.contiguous()
+            # Lines as kernels like them, zeros beyond D.
+            beyond = self.ops.line(self.d) - self.d
+            self.x = F.pad(self.x, (0, beyond)) if beyond else self.x.contiguous()
         self.acc = x.dtype
-        self.rows_buffer = self.x.new_empty(self.chunk, self.d)
+        make = self.x.new_empty if self.x.shape[1] == self.d else self.x.new_zeros
+        self.rows_buffer = make(self.chunk, self.x.shape[1])
         # Rows in the precision of sums, where the rows of the products are not and somebody reads them.
         same = dtype == self.acc or not unit
         self.wide_buffer = self.rows_buffer if same else None

@@ -123,11 +123,15 @@ def prepare_rows(
     buffer: Tensor,
     wide: Tensor | None,
 ) -> Rows:
-    """Rows start..stop of the walk, normalised if `unit`, in `buffer`, and in float32 in `wide` if somebody asks."""
+    """Rows start..stop of the walk, normalised if `unit`, in `buffer`, and in float32 in `wide` if somebody asks.
+
+    The buffers' lines may be longer than D (see `line`); what is beyond it stays as it is.
+    """
     k, d = stop - start, weight.shape[1]
     source = weight[start:stop] if class_ids is None else weight
     ids = None if class_ids is None else class_ids[start:stop]
-    if not unit and ids is None and source.dtype == buffer.dtype and source.stride(1) == 1:
+    fit = buffer.shape[1] == d and can_describe(source) and source.stride(0) % 16 == 0
+    if not unit and ids is None and source.dtype == buffer.dtype and fit:
         return Rows(source, source, None, source, ids)
     rows = buffer[:k]
     exact = None if wide is None else rows if wide.dtype == rows.dtype else wide[:k]
@@ -283,7 +287,8 @@ def reduce_chunk(
     targets masked. `scratch` is not needed here.
     """
     out = (run.total, run.maximum, run.hardest, run.hardest_row, run.hinge, run.violations)
-    launch(rows, x, bias, target, start, run.threshold, tile if keep else None, out, reduce_tile, bounded, False)
+    kept = tile if keep else None
+    launch(rows, x, bias, target, start, run.threshold, kept, out, reduce_tile, bounded, False, limited=not keep)
 
 
 def weigh_chunk(
@@ -316,7 +321,8 @@ def weigh_chunk(
         slots = triton.cdiv(n, tiles_for(x, k).block_n)
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
-    launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None)
+    limited = kind != "hinge" or factor is None
+    launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None, limited)
     return tile, None if by_class is None else by_class.sum(dim=0)
 
 
@@ -332,8 +338,12 @@ def launch(
     epilogue: Any,
     options: Any,
     ready: bool,
+    limited: bool,
 ) -> None:
-    """tile_kernel over the chunk: what both passes over the classes have in common."""
+    """tile_kernel over the chunk: what both passes over the classes have in common.
+
+    limited: the epilogue does with the registers that let another block in; the others would spill.
+    """
     (n, d), k = x.shape, len(rows)
     tiles = tiles_for(x, k)
     count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
@@ -351,7 +361,8 @@ def launch(
         PRECISION=precision(x.dtype, device_of(x).target),
         SPECIALISED=tiles.specialised and described and TRITON >= (3, 7),  # 3.6 fails to partition the loop
         D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
-        num_warps=tiles.warps, num_stages=tiles.stages, **({"maxnreg": tiles.registers} if tiles.registers else {}),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+        **({"maxnreg": tiles.registers} if tiles.registers and limited else {}),
     )  # fmt: skip
 
 
@@ -373,6 +384,14 @@ def slots(x: Tensor, chunk: int) -> int:
 def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
     """A tile whose lines run over classes, every line aligned."""
     return x.new_empty(x.shape[0], (k + 15) // 16 * 16, dtype=dtype)[:, :k].t()
+
+
+def line(d: int) -> int:
+    """How long the lines of x and of a chunk's rows are, zeros beyond D.
+
+    A kernel for any other D would load number by number and spill hundreds of registers (python -m perf audit).
+    """
+    return (d + 15) // 16 * 16
 
 
 def can_describe(matrix: Tensor) -> bool:
@@ -493,7 +512,7 @@ def finish_rows(
     dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is not
     needed here.
     """
-    k, d = prepared.rows.shape
+    k, d = len(prepared.rows), prepared.weight.shape[1]
     block_k, block_d, warps = row_block(d)
     n = len(shares[0].row) if shares else 0 if norm_shares is None else len(norm_shares.row)
     rows = None
