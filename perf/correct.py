@@ -16,9 +16,10 @@ from perf.problem import Problem, margin_of
 from perf.providers.base import Provider
 
 N, CLASSES = 64, 1000
-# Full logits in plain torch stand well below these, in float32 below a fifth (tests/test_perf.py).
+# Full logits in plain torch stand below these, in float32 below a fifth (tests/test_perf.py). In bfloat16 their
+# gradient is itself off by one part in 1000, and pytorch-metric-learning's by two: less would call them wrong.
 ERROR = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 5e-3}
-BIAS = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 2e-3}
+BIAS = {"float32": 2e-5, "bfloat16": 3e-3, "float16": 2e-3}
 
 
 def small(problem: Problem) -> Problem:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from perf.providers.base import STEP, WHOLE, Provider
+from perf.providers.base import Provider
 
 STATUS = Path("/proc/self/status")
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # and where their two operands begin
@@ -29,8 +29,7 @@ PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # and where the
 
 def peak(provider: Provider, mode: str) -> dict[str, float]:
     """Megabytes (10^6) of one step: `peak_mb` beyond W, its state and the inputs, `beyond_mb` without dW as well."""
-    dense = mode in (STEP, WHOLE) and provider.dense_gradient
-    gradient = provider.problem.weight_bytes if dense else 0
+    gradient = provider.gradient_bytes(mode)
     provider.reset(mode)
     if provider.problem.device.startswith("cuda"):
         most = device_peak(provider, mode)

@@ -48,6 +48,10 @@ class Provider(ABC):
             return f"no {problem.loss}"
         return None if problem.dtype in self.dtypes else f"no {problem.dtype}"
 
+    def gradient_bytes(self, mode: str) -> int:
+        """Of the gradient of W that a step leaves in this process."""
+        return self.problem.weight_bytes if self.dense_gradient and mode in (STEP, WHOLE) else 0
+
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         """Make what does not belong to a step."""
         self.problem = problem

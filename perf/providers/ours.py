@@ -108,6 +108,10 @@ class Sampled(Head):
             return "the batch has as many classes as the sample"
         return super().supports(problem)
 
+    def gradient_bytes(self, mode: str) -> int:
+        rows = round(self.sample_rate * self.problem.classes)
+        return rows * self.weight[:1].nbytes if mode == STEP else 0
+
     def class_ids(self) -> Tensor | None:
         grad = self.weight.grad
         assert grad is not None

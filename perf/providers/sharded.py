@@ -46,7 +46,8 @@ class OneRank(Head):
 class Sharded(Provider):
     """This process is the first rank; the others run the same steps when told to."""
 
-    name, title, losses = "ours-sharded", "tritonmargin, classes sharded over gloo processes", OneRank.losses
+    name, losses = "ours-sharded", OneRank.losses
+    title = "tritonmargin, classes sharded over gloo processes (memory: of the first)"
     modes = ("no-grad", "forward", STEP, WHOLE)
     options: ClassVar = {"ranks": 2}
 
@@ -76,6 +77,9 @@ class Sharded(Provider):
         join(0, ranks, meeting)
         self.first = OneRank()
         self.first.prepare(problem, tensors)
+
+    def gradient_bytes(self, mode: str) -> int:
+        return self.first.weight.nbytes if mode == STEP else 0
 
     def forward(self) -> Tensor:
         raise NotImplementedError
