@@ -93,7 +93,7 @@ def test_13_promise_same_result_for_any_world_size(layout: str, names: tuple[str
 
 
 def one_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
-    float32_step(c, sizes)
+    float32_step(names, c, sizes)
     x, w, target = problem(c, sum(sizes))
     upstream = torch.arange(1.0, len(target) + 1, dtype=torch.float64)
     own = mine(sizes)
@@ -127,28 +127,40 @@ def one_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
                 close(ours, whole if whole.ndim == 0 else whole[part], 1e-12, what)
 
 
-def float32_step(c: int, sizes: list[int]) -> None:
+def float32_step(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
     """Against float64, at most twice the error of one process's plain float32 code, or of one rounding."""
     x, w, target = problem(c, sum(sizes), torch.float32)
-    margin = tm.ArcFace(m=0.3, s=32.0)
-    _, head = heads(c, w, margin=margin, gradient_for="sum")
-    own, range_ = mine(sizes), slice(head.shard.start, head.shard.stop)
-    grads = []
-    for dtype in (torch.float64, torch.float32):
-        a, b = x.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
-        loss = tm.reference.margin_cross_entropy(a, b, target, margin)
-        grads.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
-    leaf = x[own].clone().requires_grad_()
-    loss = head(leaf, target[own])
-    loss.backward()
-    for ours, exact, plain, part in zip(
-        (loss.detach(), leaf.grad, head.weight.grad), *grads, (slice(None), own, range_), strict=True
-    ):
-        whole = exact if exact.ndim == 0 else exact[part]
-        if not whole.numel():
-            continue
-        budget = 2.0 * (plain.double() - exact).norm() + 2 * torch.finfo(torch.float32).eps * exact.norm()
-        assert (ours.double() - whole).norm() <= budget
+    own = mine(sizes)
+    for name, reduction, rate in itertools.product(names, ("mean", "sum"), (1.0, 0.4)):
+        _, head = heads(c, w, margin=MARGINS[name](), gradient_for="sum", reduction=reduction, sample_rate=rate)
+        range_ = slice(head.shard.start, head.shard.stop)
+        ids = None if rate == 1.0 else drawn_by_all(c, rate, 0, target)
+        grads = []
+        for dtype in (torch.float64, torch.float32):
+            a, b = x.to(dtype, copy=True).requires_grad_(), w.to(dtype, copy=True).requires_grad_()
+            loss = tm.reference.margin_cross_entropy(a, b, target, MARGINS[name](), class_ids=ids, reduction=reduction)
+            grads.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
+        leaf = x[own].clone().requires_grad_()
+        loss = head(leaf, target[own])
+        loss.backward()
+        for ours, exact, plain, part in zip(
+            (loss.detach(), leaf.grad, head.weight.grad), *grads, (slice(None), own, range_), strict=True
+        ):
+            whole = exact if exact.ndim == 0 else exact[part]
+            if not whole.numel():
+                continue
+            budget = 2.0 * (plain.double() - exact).norm() + 2 * torch.finfo(torch.float32).eps * exact.norm()
+            assert (ours.double() - whole).norm() <= budget, (name, reduction, rate)
+
+
+def drawn_by_all(c: int, rate: float, step: int, target: Tensor) -> Tensor:
+    """The union of what the ranks draw in a step, which each rank can draw again."""
+    drawn = []
+    for rank in range(dist.get_world_size()):
+        start, stop = shard_range(c, rank, dist.get_world_size())
+        local = torch.where((target >= start) & (target < stop), target - start, -1)
+        drawn.append(Sampler(rate, torch.tensor([0, step]), start).draw(local, stop - start) + start)
+    return torch.cat(drawn)
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -184,21 +196,17 @@ def twenty_steps(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
             leaf, whole = x[own].clone().requires_grad_(), x.clone().requires_grad_()
             loss = head(leaf, target[own])
             loss.backward()
-            # The union of what the ranks drew, which each rank can draw again.
-            ids = None
-            if rate < 1.0:
-                drawn = []
-                for rank in range(dist.get_world_size()):
-                    start, stop = shard_range(c, rank, dist.get_world_size())
-                    local = torch.where((target >= start) & (target < stop), target - start, -1)
-                    drawn.append(Sampler(rate, torch.tensor([0, step]), start).draw(local, stop - start) + start)
-                ids = torch.cat(drawn)
+            ids = drawn_by_all(c, rate, step, target) if rate < 1.0 else None
             expected = one(whole, target, class_ids=ids)
             expected.backward()
+            limit = 1e-10 if step else 1e-12
+            close(loss.detach(), expected.detach(), limit, (name, rate, inside, step, "loss"))
+            close(leaf.grad, whole.grad[own], limit, (name, rate, inside, step, "dx"))
+            if not inside:
+                rows = one.weight.grad.to_dense()[head.shard.start : head.shard.stop]
+                close(head.weight.grad.to_dense(), rows, limit, (name, rate, step, "dw"))
             for optimiser in optimisers:
                 optimiser.step()
-            close(loss.detach(), expected.detach(), 1e-10, (name, rate, inside, step, "loss"))
-            close(leaf.grad, whole.grad[own], 1e-10, (name, rate, inside, step, "dx"))
         close(head.weight.detach(), one.weight.detach()[head.shard.start : head.shard.stop], 1e-10, (name, "W"))
 
 
