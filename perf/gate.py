@@ -41,6 +41,7 @@ from perf.clock import seconds
 from perf.problem import Problem
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
+from perf.results import replace
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "search", "verdict")
@@ -99,7 +100,7 @@ class Gate:
         return self.state["steps"].get(name, {}).get("result")
 
     def save(self) -> None:
-        (self.out / "gate.json").write_text(json.dumps(self.state, indent=1) + "\n")
+        replace(self.out / "gate.json", json.dumps(self.state, indent=1).encode() + b"\n")
         for name in TABLES:
             if self.result(name):
                 pd.DataFrame(self.result(name)).to_csv(self.out / f"{name}.csv", index=False)
@@ -136,11 +137,21 @@ def environment(gate: Gate) -> dict[str, Any]:
 
 def tests(gate: Gate) -> dict[str, Any]:
     """The kernel tests in a process of their own."""
-    chosen = ["-k", "ties or descriptors_only or not_a_number"] if gate.dry else ["-m", "not slow"]
-    call = [sys.executable, "-m", "pytest", "tests/test_kernels.py", *chosen]
+    return run_tests(gate, "tests.txt", ["test_kernels"], "ties or descriptors_only or not_a_number")
+
+
+def other_tests(gate: Gate) -> dict[str, Any]:
+    """Last, because they take longest: every other test that runs on a GPU."""
+    files = ["test_functional", "test_op", "test_failures", "test_optim", "test_stream", "test_budget", "test_modules"]
+    return run_tests(gate, "other_tests.txt", files[2:3] if gate.dry else files, "first_chunk_that_holds and softmax")
+
+
+def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str) -> dict[str, Any]:
+    chosen = ["-k", chosen_if_dry] if gate.dry else ["-m", "not slow"]
+    call = [sys.executable, "-m", "pytest", *(f"tests/{name}.py" for name in files), *chosen]
     environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(60.0, gate.left))
-    (gate.out / "tests.txt").write_text(done.stdout[-100_000:] + done.stderr[-10_000:])
+    (gate.out / report).write_text(done.stdout[-100_000:] + done.stderr[-10_000:])
     last = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line]
     if done.returncode:
         raise RuntimeError(last[-1] if last else done.stderr[-500:])
@@ -303,7 +314,7 @@ def verdict(gate: Gate) -> list[dict[str, Any]]:
 
 STEPS: dict[str, Callable[[Gate], Any]] = {
     "environment": environment, "tests": tests, "errors": errors, "rate": rate, "speed": speed, "search": search,
-    "verdict": verdict,
+    "verdict": verdict, "other_tests": other_tests,
 }  # fmt: skip
 
 

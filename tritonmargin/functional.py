@@ -63,8 +63,8 @@ def margin_cross_entropy(
         "hinge"      sum_{j != y} relu(z_ij - t_i), the multi-class SVM
 
     Products are computed in the dtype of autocast if it is on, else in the common dtype of embeddings and weight
-    (float16 in float32 on the torch backend: exp(64) does not fit); sums and the loss in float32, or float64 if an
-    input is float64. The loss can be differentiated once.
+    (float16 in float32: exp(64) does not fit); sums and the loss in float32, or float64 if an input is float64. The
+    loss can be differentiated once.
 
     Args:
         embeddings: [N, D] floating.
