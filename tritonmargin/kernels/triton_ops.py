@@ -287,8 +287,9 @@ def reduce_chunk(
     targets masked. `scratch` is not needed here.
     """
     out = (run.total, run.maximum, run.hardest, run.hardest_row, run.hinge, run.violations)
+    limited = run.hardest is not None and not keep
     kept = tile if keep else None
-    launch(rows, x, bias, target, start, run.threshold, kept, out, reduce_tile, bounded, False, limited=not keep)
+    launch(rows, x, bias, target, start, run.threshold, kept, out, reduce_tile, bounded, False, limited)
 
 
 def weigh_chunk(
@@ -321,7 +322,7 @@ def weigh_chunk(
         slots = triton.cdiv(n, tiles_for(x, k).block_n)
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
-    limited = kind != "hinge" or factor is None
+    limited = kind == "softmax"
     launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None, limited)
     return tile, None if by_class is None else by_class.sum(dim=0)
 
@@ -342,7 +343,8 @@ def launch(
 ) -> None:
     """tile_kernel over the chunk: what both passes over the classes have in common.
 
-    limited: the epilogue does with the registers that let another block in; the others would spill.
+    limited: the epilogue takes more registers than let another block in, and does with fewer. Others take fewer anyway,
+        or would spill.
     """
     (n, d), k = x.shape, len(rows)
     tiles = tiles_for(x, k)
