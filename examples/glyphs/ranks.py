@@ -35,10 +35,11 @@ class Run:
     head: tm.MarginSoftmaxLoss
     optimizer: torch.optim.Optimizer  # of the network
     rows: tm.optim.RowAdamW  # of the head
+    parts: int = 1  # in which a batch goes through the network, each with BatchNorm statistics of its own
     progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "losses": [], "starts": []})
 
     @classmethod
-    def start(cls, settings: Settings, sample_rate: float, group: dist.ProcessGroup | None) -> Run:
+    def start(cls, settings: Settings, sample_rate: float, group: dist.ProcessGroup | None, parts: int = 1) -> Run:
         recipe = settings.recipe
         torch.manual_seed(settings.seed)  # the same network on all ranks; the head draws its own rows on each
         network = GlyphNet()
@@ -54,7 +55,7 @@ class Run:
         # Without the option, DistributedDataParallel orders the gradients anew after the first step of a process, and
         # three or more ranks then add them up in another order after a restart than without one.
         model = network if group is None else DistributedDataParallel(network, find_unused_parameters=True)
-        return cls(settings, group, network, model, head, optimizer, rows)
+        return cls(settings, group, network, model, head, optimizer, rows, parts)
 
     @property
     def rank(self) -> int:
@@ -155,7 +156,8 @@ def train_step(run: Run, pictures: Tensor, target: Tensor) -> float:
         group["lr"] = run.settings.recipe.head_lr * rate
     head.margin.schedule(step)
     with autocast():
-        loss = head(run.model(own_part(pictures, run)), own_part(target, run))
+        parts = own_part(pictures, run).tensor_split(run.parts)
+        loss = head(torch.cat([run.model(part) for part in parts]), own_part(target, run))
     run.optimizer.zero_grad()
     loss.backward()  # updates the head's rows
     run.rows.step()

@@ -20,6 +20,9 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--unseen", type=int, default=4_000, help="characters to evaluate on (default 4,000)")
     parser.add_argument("--limit", type=int, help="render the first so many code points only")
     parser.add_argument("--batch", type=int, default=256, help="pictures a step, of all ranks together (default 256)")
+    parser.add_argument(
+        "--parts", type=int, default=1, help="of a batch, each with BatchNorm statistics of its own, as ranks have them"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--interval", type=float, default=15.0, help="seconds between checkpoints (default 15)")
     parser.add_argument("--every", type=int, help="a checkpoint after so many steps instead")
@@ -30,6 +33,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", action="store_true", help="one process and two ranks over three seeds, see compare.py"
     )
+    parser.add_argument("--kinds", nargs="+", help="with --compare: only these, the others stay in the report")
     return parser.parse_args(line)
 
 
