@@ -298,3 +298,30 @@ def test_torchrun_ends_with_a_rank_that_is_killed_and_run_again_writes_the_repor
     assert 0.0 <= found["tar_at_far_0.001"] <= 1.0
     assert "2 ranks, sample rate 0.1" in out
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_the_comparison_keeps_the_kinds_that_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples.glyphs import compare, sharded
+
+    begun: list[str] = []
+
+    def one(options: Any, kind: str, seed: int) -> dict[str, float]:
+        begun.append(kind)
+        return dict.fromkeys(compare.NUMBERS, list(compare.KINDS).index(kind) + 0.1 * seed)
+
+    monkeypatch.setattr(compare, "one", one)
+    line = ["--compare", "--steps", "3", "--out", str(tmp_path)]
+    assert sharded.main(line) == 0
+    first = json.loads((tmp_path / "sharded_seeds.json").read_text())
+    assert begun == list(compare.KINDS) * 3
+    found = first["two_ranks_less_one_process"]["rank1"]
+    assert found["mean"] == pytest.approx(-1.0)
+    assert found["spread_of_the_other"] == pytest.approx(0.2)
+    assert not found["within_spread"]
+    begun.clear()
+    assert sharded.main([*line, "--kinds", "one_process"]) == 0
+    assert begun == ["one_process"] * 3
+    assert json.loads((tmp_path / "sharded_seeds.json").read_text()) == first
+    for wrong, said in ((["--kinds", "nobody"], "got 'nobody'"), (["--kinds", "one_process", "--steps", "4"], "steps")):
+        with pytest.raises(SystemExit, match=said):
+            sharded.main([*line, *wrong])
