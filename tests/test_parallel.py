@@ -500,6 +500,37 @@ def nan_in_a_backbone() -> list[float]:
     return [float(each.detach().double().sum()) for each in backbone.parameters()]
 
 
+def test_14_an_overflow_on_one_rank_is_skipped_by_all_with_torchs_sharded_scaler() -> None:
+    (steps, sums), other = on_ranks(2, overflow_on_one)
+    assert (steps, sums) == other, "the replicas differ"
+    assert steps == [(8.0, True), (4.0, False), (4.0, True)]
+
+
+def overflow_on_one() -> tuple[list[tuple[float, bool]], list[float]]:
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    torch.manual_seed(0)
+    backbone = nn.parallel.DistributedDataParallel(nn.Linear(D, D))
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+    everything = [*backbone.parameters(), *head.parameters()]
+    optimiser = torch.optim.SGD(everything, lr=0.1)
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0, process_group=dist.group.WORLD)
+    steps = []
+    for step in range(3):
+        optimiser.zero_grad()
+        x = made(2, D, seed=10 * step + dist.get_rank()).float()
+        scaler.scale(head(backbone(x), torch.tensor([1, 9]))).backward()
+        if step == 1 and dist.get_rank() == 1:
+            head.weight.grad[0, 0] = torch.inf
+        before = [each.detach().clone() for each in everything]
+        scaler.step(optimiser)
+        scaler.update()
+        moved = [not torch.equal(a, b) for a, b in zip(before, everything, strict=True)]
+        assert len(set(moved)) == 1
+        steps.append((scaler.get_scale(), moved[0]))
+    return steps, [float(each.detach().double().sum()) for each in backbone.parameters()]
+
+
 @pytest.mark.parametrize("moment", ["before the step", "between forward and backward"])
 def test_14_a_dead_rank_ends_the_others_within_the_timeout(moment: str) -> None:
     begin = time.monotonic()
