@@ -211,7 +211,16 @@ def rate(gate: Gate) -> dict[str, float]:
 
 SIZES = [(1024, 512, 100_000), (1024, 512, 1_000_000), (256, 512, 1_000_000)]
 ROWS = {
-    "arcface": ("ours", "ours-retain", "ours-in-backward", "ours-sampled", "plain", "plain-compiled", "pml"),
+    "arcface": (
+        "ours",
+        "ours-torch",
+        "ours-retain",
+        "ours-in-backward",
+        "ours-sampled",
+        "plain",
+        "plain-compiled",
+        "pml",
+    ),
     "softmax": ("ours", "torch-lce", "liger", "cce", "quack"),
 }
 

@@ -13,7 +13,7 @@ from perf.providers.base import MODES, STEP, WHOLE
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 YARDSTICK = "gemm"
 PEERS = ("plain", "plain-compiled", "pml", "insightface", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
-ON_GPU = ("liger", "cce", "quack")
+ON_GPU = ("ours-torch", "liger", "cce", "quack")
 OURS = ("ours", "ours-retain", "ours-in-backward", "ours-sampled", "ours-sharded")
 EVERYONE = (*OURS, *PEERS, "plain-sampled")
 COMMON = ("forward", STEP, WHOLE)

@@ -26,6 +26,7 @@ LOOK = {
     "ours-sampled": ("#e8b500", "P"), "ours-sharded": ("#8c564b", "X"), "plain": ("#7f7f7f", "o"),
     "plain-compiled": ("#4d4d4d", "s"), "plain-sampled": ("#a9a9a9", "P"), "pml": ("#2ca02c", "^"),
     "insightface": ("#17becf", "v"), "torch-lce": ("#1f77b4", "<"), "torch-lce-chunked": ("#6a51a3", ">"),
+    "ours-torch": ("#e377c2", "X"),
     "torch-lce-rows64": ("#3f8fd2", "*"), "liger": ("#117733", "h"), "cce": ("#332288", "p"), "quack": ("#44aa99", "d"),
 }  # fmt: skip
 DARK = {

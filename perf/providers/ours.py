@@ -42,6 +42,21 @@ class Retaining(Ours):
     options: ClassVar = {**COMMON, "retain": 1.0}
 
 
+class WithoutKernels(Ours):
+    """The torch backend on a GPU: what the Triton kernels have to be faster than."""
+
+    name, title = "ours-torch", "tritonmargin, torch backend"
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device == "cpu":
+            return "on a CPU ours is that"
+        return super().supports(problem)
+
+    def forward(self) -> Tensor:
+        with tm.use_backend("torch"):
+            return super().forward()
+
+
 class Head(Provider):
     """The module, with its rows updated in backward."""
 
@@ -130,4 +145,4 @@ def head_of(problem: Problem, weight: Tensor, **options: Any) -> tm.MarginSoftma
     return head
 
 
-PROVIDERS = (Ours, Retaining, InBackward, Sampled)
+PROVIDERS = (Ours, Retaining, WithoutKernels, InBackward, Sampled)
