@@ -287,7 +287,7 @@ def reduce_chunk(
     targets masked. `scratch` is not needed here.
     """
     out = (run.total, run.maximum, run.hardest, run.hardest_row, run.hinge, run.violations)
-    limited = run.hardest is not None and not keep
+    limited = (run.hardest is not None or bias is not None) and not keep
     kept = tile if keep else None
     launch(rows, x, bias, target, start, run.threshold, kept, out, reduce_tile, bounded, False, limited)
 
