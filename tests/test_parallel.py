@@ -395,18 +395,28 @@ def scheduled(really: bool) -> tm.Margin:
     return margin.with_schedule(m=lambda step: 0.1 * step) if really else margin
 
 
-def test_14_ranks_of_other_groups_are_an_error_within_the_timeout() -> None:
-    error, _ = on_ranks(2, other_groups, timeout=3.0)[::-1]
-    assert "this rank's group is of the ranks [0, 1], and not all of them made a head with a group" in error
+@pytest.mark.parametrize("of_a_group", [True, False])
+def test_14_ranks_of_other_groups_all_hear_of_it_within_the_timeout(of_a_group: bool) -> None:
+    alone, waiting = on_ranks(2, other_groups, of_a_group, timeout=3.0)
+    assert "this rank's group is of the ranks [0, 1], and not all of them made a head with a group" in waiting
+    own = "the ranks [0]" if of_a_group else "none"
+    assert alone.endswith(
+        f"rank 1 waited for [0, 1] to make a head of one group with it; this rank's head is of {own}"
+    ), alone
 
 
-def other_groups() -> str:
+def other_groups(of_a_group: bool) -> str:
     alone = dist.new_group([0])
+    group = dist.group.WORLD if dist.get_rank() else alone if of_a_group else None
     try:
-        tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD if dist.get_rank() else alone)
+        head = tm.MarginSoftmaxLoss(D, 10, process_group=group)
+        for _ in range(60):  # steps; a rank that is gone would be noticed at once
+            head(torch.randn(2, D), torch.tensor([1, 2]))
+            time.sleep(0.1)
     except RuntimeError as error:
+        if not dist.get_rank():
+            head(torch.randn(2, D), torch.tensor([1, 2]))  # once is enough
         return str(error)
-    time.sleep(6.0)  # a rank that is gone would be noticed at once
     return ""
 
 

@@ -15,7 +15,7 @@ from tritonmargin.functional import Stats, loss_of
 from tritonmargin.kernels.updates import mixed
 from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim import RowOptimizer
-from tritonmargin.parallel import GRADIENT_FOR, Shard, check_agreement
+from tritonmargin.parallel import GRADIENT_FOR, Lookout, Shard, check_agreement
 from tritonmargin.sampling import Sampler
 
 ON_NONFINITE = ("raise", "skip")
@@ -67,6 +67,8 @@ class MarginSoftmaxLoss(nn.Module):
     Raises:
         ValueError, TypeError: an option that does not fit, named. Under a process group also on every rank whose
             options are not those of the first rank.
+        RuntimeError: under a process group whose ranks did not all make a head of it, within the group's timeout. A
+            rank whose own head is of a smaller group, or of none, hears of it in `forward` after that.
     """
 
     class_weight: Tensor | None
@@ -117,6 +119,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.objective = objective
             self.seed = seed
             self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
+            self.lookout = Lookout(process_group)
             self._updater: RowOptimizer | None = None
             rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
             self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
@@ -175,6 +178,7 @@ class MarginSoftmaxLoss(nn.Module):
         class_ids: the classes to walk instead of those that `sample_rate` would draw; under a process group rows of
             this rank, with the targets of all ranks' samples that are among them.
         """
+        self.lookout.look()
         ids: Tensor | Sampler | None = class_ids
         if class_ids is None and self.sampler is not None and self.training:
             first = 0 if self.shard is None else self.shard.start

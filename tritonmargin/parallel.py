@@ -15,6 +15,9 @@ all_reduce of padded, equal shapes, as NCCL asks.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +55,7 @@ def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) ->
         dist.all_gather_object(everyone, description, group=group)
     except RuntimeError as lost:
         members = dist.get_process_group_ranks(group)
+        leave_word(members)
         raise RuntimeError(
             f"process_group: this rank's group is of the ranks {members}, and not all of them made a head with a group "
             f"of the same ranks: {lost}"
@@ -62,6 +66,55 @@ def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) ->
         for name, value in everyone[0].items():
             if "error" not in everyone[0] and "error" not in other and other.get(name) != value:
                 raise ValueError(f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0")
+
+
+# In the store through which the ranks found each other: for whom this rank waited in vain, and of which group.
+WORD = "tritonmargin/waited_for/"
+
+
+def leave_word(members: list[int]) -> None:
+    """Tell ranks that made a head of another group, or of none, and so did not wait as this one did: see `Lookout`."""
+    own = dist.get_rank()
+    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone
+        for rank in members:
+            if rank != own:
+                dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", f"rank {own} waited for {members}")
+
+
+class Lookout:
+    """Whether another rank gave up on this one, because their heads are of different groups.
+
+    A rank alone in its group has no one to ask when it makes its head: others may make theirs much later or never. So
+    it looks for what they left while it trains, once a second at most; that takes a question to the store.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.looked = -math.inf
+
+    def look(self) -> None:
+        """Raises RuntimeError, once, if so."""
+        if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+            return
+        if self.group is not None and dist.get_world_size(self.group) == dist.get_world_size():
+            return  # all ranks are in it, and agreed
+        if time.monotonic() < self.looked + 1.0:
+            return
+        self.looked = time.monotonic()
+        key, store = f"{WORD}{dist.get_rank()}", dist.distributed_c10d._get_default_store()
+        word = ""
+        with contextlib.suppress(RuntimeError):
+            if store.check([key]):
+                word = store.get(key).decode()
+                store.delete_key(key)
+        if word:
+            own = "none" if self.group is None else f"the ranks {dist.get_process_group_ranks(self.group)}"
+            raise RuntimeError(
+                f"process_group: {word} to make a head of one group with it; this rank's head is of {own}"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lookout:
+        return Lookout(self.group)  # a process group cannot be copied
 
 
 class Shard:
