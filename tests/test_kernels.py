@@ -336,9 +336,9 @@ def loss_and_gradients(n: int, d: int, c: int, margin: tm.Margin, dtype: torch.d
     return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
 
-def with_tiles(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
+def with_tiles(monkeypatch: pytest.MonkeyPatch, ops: ModuleType = triton_ops, **changed: Any) -> None:
     real = tiles.pick_tiles
-    monkeypatch.setattr(triton_ops, "pick_tiles", lambda *given: real(*given)._replace(**changed))
+    monkeypatch.setattr(ops, "pick_tiles", lambda *given: real(*given)._replace(**changed))
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
@@ -496,12 +496,14 @@ def test_what_changes_from_step_to_step_compiles_nothing(pytestconfig: pytest.Co
 # -- the checks find what they are there for ---------------------------------------------------------------------
 
 
-def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> ModuleType:
-    """The kernels with one mistake in them, in use."""
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *edits: tuple[str, str]) -> ModuleType:
+    """The kernels with a mistake in them, in use."""
     source = inspect.getsource(triton_ops)
-    assert source.count(old) == 1, f"{source.count(old)} times in the source: {old}"
+    for old, new in edits:
+        assert source.count(old) == 1, f"{source.count(old)} times in the source: {old}"
+        source = source.replace(old, new)
     path = tmp_path / "broken_ops.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(source)
     spec = importlib.util.spec_from_file_location("broken_ops", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -533,7 +535,7 @@ def test_ttsem_stops_at(
     from ttsem.sanitize import KernelFault
 
     old, new, message = MISTAKES[mistake]
-    broken(tmp_path, monkeypatch, old, new)
+    broken(tmp_path, monkeypatch, (old, new))
     with pytest.raises(kernels.KernelError) as found:
         loss_and_gradients(5, 16, 197, tm.CosFace(s=8.0), class_ids=torch.arange(197), chunk_bytes=10**6)
     fault = found.value.__cause__.__cause__
@@ -542,8 +544,10 @@ def test_ttsem_stops_at(
 
 
 def test_memory_that_nobody_wrote_is_not_a_number(ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(tmp_path, monkeypatch, "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)",
-           "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask & (column > 0)[None, :])")  # fmt: skip
+    broken(tmp_path, monkeypatch, (
+        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)",
+        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask & (column > 0)[None, :])",
+    ))  # fmt: skip
     _, dx, dw = loss_and_gradients(5, 16, 70, tm.CosFace(s=8.0))
     assert dx.isnan().any()
     assert dw.isnan().any()
@@ -571,27 +575,6 @@ def test_shared_memory_fits(kernel: str, dtype: torch.dtype, ttsem: Any, monkeyp
     with_tiles(monkeypatch, block_n=block, block_c=block, block_d=128, stages=10)
     with pytest.raises(kernels.KernelError, match="shared memory"):
         launch()
-
-
-@pytest.mark.slow
-@pytest.mark.kernels
-@pytest.mark.parametrize("narrow", [False, True], ids=["64 bits", "32 bits"])
-def test_rows_past_2_to_the_31(narrow: bool, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A buffer of 2^31 + 2^20 elements of one byte; with 32 bits its last rows are read before its start."""
-    d, c = 1 << 10, (1 << 21) + (1 << 10)
-    module = triton_ops
-    if narrow:
-        module = broken(tmp_path, monkeypatch, "row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)\n"
-                        "    d = tl.arange(0, BLOCK_D)\n    inside = row < k\n"
-                        "    mask = inside[:, None] & (d < D)[None, :]\n    w = load_rows",
-                        "row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)\n"
-                        "    d = tl.arange(0, BLOCK_D)\n    inside = row < k\n"
-                        "    mask = inside[:, None] & (d < D)[None, :]\n    w = load_rows")  # fmt: skip
-    w = torch.zeros(c, d, dtype=torch.int8, device=DEVICE)
-    w[-3:] = torch.arange(1, d + 1, device=DEVICE).remainder(7).to(torch.int8)
-    ids = torch.tensor([0, 1, c - 3, c - 2, c - 1], device=DEVICE)
-    found = module.prepare_rows(w, ids, 0, 5, False, unwritten(8, d), None)
-    close(found.rows, w[ids].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
