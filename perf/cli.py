@@ -65,7 +65,7 @@ def loaded(folder: Path) -> results.Results:
 
 @app.command()
 def run(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: minutes on two cores")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: under 3 minutes")] = False,
     full: Annotated[bool, typer.Option("--full", help="every size and provider: hours on two cores")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
     classes: Annotated[str | None, typer.Option(help="instead of the sizes above, e.g. 1e4,1e6")] = None,
@@ -76,6 +76,7 @@ def run(
     providers: Annotated[str | None, typer.Option(help="see `python -m perf providers`; all")] = None,
     modes: Annotated[str | None, typer.Option(help=f"among {', '.join(MODES)}; {', '.join(grid.COMMON)}")] = None,
     longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="of the run; no size begins after that")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help=f"folder; default {OUT}, or beside it if that is of another machine"),
@@ -84,7 +85,10 @@ def run(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure, write CSVs and the page. Stopped at any moment, it goes on where it was when it is called again."""
+    """Measure, write CSVs and the page: under 30 minutes, if not --full.
+
+    Stopped at any moment, or by the time that it has, it goes on where it was when it is called again.
+    """
     name = "tiny" if tiny else "quick" if quick else "full" if full else "default"
     plan = grid.PLANS[name]
     known_device(device)
@@ -102,6 +106,8 @@ def run(
             plan = plan._replace(grids=(chosen,))
         if longest is not None:
             plan = plan._replace(budget=plan.budget._replace(longest=longest))
+        if minutes is not None:
+            plan = plan._replace(budget=plan.budget._replace(minutes=minutes))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if device != "cpu":

@@ -255,12 +255,7 @@ class Turn:
 
     def row(self, case: Case) -> Row:
         """The case's line; ratios are medians over rounds of the ratio within a round."""
-        p, kind = self.problem, class_of(case.provider)
-        line: Row = {
-            "loss": p.loss, "dtype": p.dtype, "N": p.n, "D": p.d, "C": p.classes, "device": p.device,
-            "provider": case.provider, "title": title(case.provider), "work": kind.work if kind else "",
-            "mode": case.mode, "samples": 0,
-        }  # fmt: skip
+        line = blank(case)
         own = self.by_round(case.provider, case.mode)
         if own:
             q25, median, q75 = quartiles(list(own.values()))
@@ -282,6 +277,16 @@ class Turn:
             return ""
         good = abs(mine - ours[0]) <= AGREE[self.problem.dtype] * abs(ours[0])
         return "" if good else f"its loss is {mine:.6g}, ours {ours[0]:.6g}"
+
+
+def blank(case: Case, note: str = "") -> Row:
+    """The line of a case of which nothing is known yet."""
+    p, kind = case.problem, class_of(case.provider)
+    return {
+        "loss": p.loss, "dtype": p.dtype, "N": p.n, "D": p.d, "C": p.classes, "device": p.device,
+        "provider": case.provider, "title": title(case.provider), "work": kind.work if kind else "",
+        "mode": case.mode, "samples": 0, "wrong": "", "note": note,
+    }  # fmt: skip
 
 
 def ratio(a: dict[int, float], b: dict[int, float]) -> float:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from perf import ceilings, results
 from perf.grid import Case, Plan
-from perf.measure import Checks, History, measure
+from perf.measure import Checks, History, blank, measure
 from perf.problem import Problem
 from perf.results import KEY, Results
 
@@ -51,6 +51,13 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
         def say(words: str, part: float = part) -> None:
             progress(part, words)
 
+        if time.monotonic() - begin > 60.0 * plan.budget.minutes:
+            note = f"{results.NOT_BEGUN}: the run's {plan.budget.minutes:g} minutes were over"
+            there = results.done(held.rows)
+            rows = [{**blank(case, note), "run": number} for case in cases if key(case) not in there]
+            held = held._replace(rows=results.merged(held.rows, rows, KEY))
+            results.save(out, held)
+            continue
         # Ours and the peers that a row is divided by take part even if their own rows are there already.
         together = (
             blocks[problem]

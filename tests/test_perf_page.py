@@ -111,6 +111,21 @@ def test_a_longer_budget_tries_again_what_was_left_out(tmp_path: Path) -> None:
     assert set(found["run"]) == {"2"}
 
 
+def test_a_run_that_is_out_of_time_says_what_it_left_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    line = ["run", *TINY, "--classes", "1000,2000", "--modes", STEP, "--providers", "ours,plain", "--out"]
+    line.append(str(tmp_path))
+    assert CliRunner().invoke(app, [*line, "--minutes", "1e-9"]).exit_code == 0
+    found = results.load(tmp_path).rows
+    assert (found["note"] == "not begun: the run's 1e-09 minutes were over").all()
+    assert (found["samples"] == 0).all()
+    assert len(found) == 4
+    assert "not begun: the run" in (tmp_path / "index.html").read_text()
+    assert CliRunner().invoke(app, line).exit_code == 0
+    found = results.load(tmp_path).rows
+    assert (found["note"] == "").all()
+    assert (found["samples"] >= 5).all()
+
+
 def test_control_c_leaves_a_valid_part(tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "perf", *RUN[:-1], "ours,plain", "--classes", "300,400,500,600,700,800,900,1000"]
