@@ -264,25 +264,32 @@ PICTURES = (
 )  # fmt: skip
 
 
-def svg(picture: Picture, found: Findings, dark: bool) -> str | None:
-    """The picture as a data URI."""
-    with plt.rc_context({**COMMON, **(DARK if dark else LIGHT)}):
+class Images(NamedTuple):
+    png: bytes  # for where SVG does not show
+    light: str  # SVG as a data URI
+    dark: str
+
+
+def images(picture: Picture, found: Findings) -> Images | None:
+    """The picture in its three forms; None if there is nothing to draw."""
+    with plt.rc_context({**COMMON, **LIGHT}):
         figure = picture.draw(found)
         if figure is None:
             return None
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+        light = svg(figure)
         plt.close(figure)
+    with plt.rc_context({**COMMON, **DARK}):
+        figure = picture.draw(found)
+        assert figure is not None
+        dark = svg(figure)
+        plt.close(figure)
+    return Images(buffer.getvalue(), light, dark)
+
+
+def svg(figure: Figure) -> str:
+    """As a data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def png(picture: Picture, found: Findings) -> bytes | None:
-    """The picture for where SVG does not show."""
-    with plt.rc_context(COMMON):
-        figure = picture.draw(found)
-        if figure is None:
-            return None
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        plt.close(figure)
-    return buffer.getvalue()

@@ -23,13 +23,13 @@ def write(out: Path, results: Results) -> Path:
     found = find(results)
     drawn = []
     for picture in plots.PICTURES:
-        image = plots.png(picture, found)
-        if image is None:
+        images = plots.images(picture, found)
+        if images is None:
             continue
-        (out / f"{picture.name}.png").write_bytes(image)
+        (out / f"{picture.name}.png").write_bytes(images.png)
         drawn.append({
             "name": picture.name, "title": picture.title, "alt": picture.alt,
-            "light": plots.svg(picture, found, dark=False), "dark": plots.svg(picture, found, dark=True),
+            "light": images.light, "dark": images.dark,
         })  # fmt: skip
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals.update(zip=zip, words=WORDS)
