@@ -285,9 +285,9 @@ def tune_command(
     from perf import tune
     from perf.gpus import GPUS
 
-    dtypes = dtype or list(tune.DTYPES)
+    dtypes = dtype or list(tune.KINDS)
     known("target", target or (), GPUS)
-    known("dtype", dtypes, tune.DTYPES)
+    known("dtype", dtypes, tune.KINDS)
     if device != "none":
         known_device(device)
     with saying() as say:

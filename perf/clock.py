@@ -1,4 +1,8 @@
-"""The time of one call on any device."""
+"""The time of one call on any device.
+
+The clocks are those of torch.utils.benchmark, whose timers run a statement at least three times for one number: too
+often for steps of seconds, and codes that take turns call by call cannot be given to it.
+"""
 
 from __future__ import annotations
 

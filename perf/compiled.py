@@ -16,12 +16,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tritonmargin.kernels import triton_ops
 from tritonmargin.kernels.tiles import Device
+
+# "tf32" is float32 whose products torch was told to round to it.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+
+
+def itemsize(dtype: str) -> int:
+    return DTYPES[dtype].itemsize
+
+
+@contextlib.contextmanager
+def multiplying(dtype: str) -> Iterator[None]:
+    """With torch's setting for products of float32 that the name asks for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Instructions(NamedTuple):

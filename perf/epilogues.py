@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from perf import static
-from perf.compiled import compiling_for
+from perf.compiled import DTYPES, compiling_for, multiplying
 from perf.gpus import GPUS
 from tritonmargin.kernels import triton_ops
 from tritonmargin.kernels.torch_ops import Running
@@ -72,14 +72,14 @@ def table(
         gpu = GPUS[target]
         for dtype in dtypes:
             say(f"epilogues: {target} {dtype}")
-            x, rows = (torch.empty(size, D, dtype=getattr(torch, dtype)) for size in (N, K))
-            with compiling_for(gpu.target, gpu.processors, gpu.cache) as found:
+            x, rows = (torch.empty(size, D, dtype=DTYPES[dtype]) for size in (N, K))
+            with multiplying(dtype), compiling_for(gpu.target, gpu.processors, gpu.cache) as found:
                 names = list(epilogues(x, rows))
                 for launch in epilogues(x, rows).values():
                     launch()
             for name, compiled in zip(names, found, strict=True):
                 code = compiled.instructions
-                bound = static.tile_bound(compiled, gpu, dtype, "ieee", 0.0)
+                bound = static.tile_bound(compiled, gpu, dtype, 0.0)
                 multiplies = not compiled.options["READY"]
                 lines.append({
                     "target": target, "dtype": dtype, "epilogue": name, "registers": compiled.registers,

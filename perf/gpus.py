@@ -29,15 +29,13 @@ class Gpu(NamedTuple):
     cache: int  # bytes of the cache that all processors share
     memory: float  # bytes per second
 
-    def matrix_rate(self, dtype: str, precision: str = "ieee") -> int:
-        """Flops per clock and processor of `tl.dot`."""
-        if dtype == "float32":
-            return self.tf32 if precision == "tf32" else self.float32
-        return self.bfloat16
+    def matrix_rate(self, dtype: str) -> int:
+        """Flops per clock and processor of `tl.dot`; "tf32": of float32 that is rounded to it."""
+        return {"float32": self.float32, "tf32": self.tf32}.get(dtype, self.bfloat16)
 
-    def peak(self, dtype: str, precision: str = "ieee") -> float:
+    def peak(self, dtype: str) -> float:
         """Flops per second."""
-        return self.matrix_rate(dtype, precision) * self.processors * self.clock
+        return self.matrix_rate(dtype) * self.processors * self.clock
 
 
 GPUS = {

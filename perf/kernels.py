@@ -18,14 +18,13 @@ import torch
 import triton
 
 from perf import epilogues, static
-from perf.compiled import MATRIX, Compiled, compiling_for
+from perf.compiled import DTYPES, MATRIX, Compiled, compiling_for, itemsize, multiplying
 from perf.gpus import GPUS, Gpu
 from tritonmargin.kernels import tiles, triton_ops
 from tritonmargin.kernels.torch_ops import Running, Shares
 from tritonmargin.kernels.updates import RowUpdate
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTHS = (64, 128, 256, 512, 1024)
 N, C, D = 1024, 1_000_000, 512  # of the predicted step
 TILED = ("reduce_chunk", "weigh_chunk")
@@ -43,7 +42,7 @@ class Size(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+        return itemsize(self.dtype)
 
 
 def chunk_of(gpu: Gpu, dtype: str, n: int, d: int) -> int:
@@ -83,7 +82,7 @@ def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N) -> dict[str, Compiled
     """Every kernel of a step as machine code; nothing is executed."""
     k = chunk_of(gpu, dtype, n, d)
     found: dict[str, Compiled] = {}
-    with compiling_for(gpu.target, gpu.processors, gpu.cache) as compiled:
+    with multiplying(dtype), compiling_for(gpu.target, gpu.processors, gpu.cache) as compiled:
         for name, launch in launches(DTYPES[dtype], n, d, k):
             launch()
             found[name] = compiled[-1]
@@ -181,7 +180,7 @@ def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any
     }  # fmt: skip
     if not tiled:
         return found | {"bound_by": "memory", "predicted_us": 1e6 * row_seconds(kernel, size, gpu)}
-    bound = static.tile_bound(compiled, gpu, size.dtype, "ieee", moved / count)
+    bound = static.tile_bound(compiled, gpu, size.dtype, moved / count)
     cycles = {f"{name}_cycles": getattr(bound, name) for name in bound._fields[:6]}
     return found | cycles | {
         "tile_cycles": bound.cycles, "bound_by": bound.largest, "overlapped": bound.overlapped,
@@ -234,7 +233,7 @@ def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     )
     rules = [
         ("no register spills anywhere", frame[(frame["spills"] > 0) | (frame["spill_instructions"] > 0)]),
-        ("matrix units in every tile kernel of 16-bit operands", low[low["matrix_kind"] == ""]),
+        ("matrix units in every tile kernel of 16-bit operands and TF32", low[low["matrix_kind"] == ""]),
         (MATRIX_LARGEST, wide[wide["bound_by"] != "matrix"]),
         (OVERLAP, wide[~wide["overlapped"].astype(bool)]),
         ("dL/dz at most 2 bytes per logit through main memory", frame.loc[tile_bytes[tile_bytes > 2].index]),
@@ -269,7 +268,7 @@ def step_parts(gpu: Gpu, dtype: str, n: int, d: int, c: int) -> dict[str, float]
     for kernel, each in compile_step(gpu, dtype, d, n).items():
         if kernel in TILED:
             count = math.ceil(n / each.options["BLOCK_N"]) * math.ceil(k / each.options["BLOCK_C"])
-            bound = static.tile_bound(each, gpu, dtype, "ieee", main_memory_bytes(kernel, size, gpu) / count)
+            bound = static.tile_bound(each, gpu, dtype, main_memory_bytes(kernel, size, gpu) / count)
             parts[kernel] = chunks * tile_seconds(bound, count, gpu)
         else:
             parts[kernel] = chunks * row_seconds(kernel, size, gpu)

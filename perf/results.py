@@ -68,10 +68,12 @@ class Results(NamedTuple):
 
 
 def load(out: Path) -> Results:
-    """What a folder holds, with empty tables for what is missing."""
+    """What a folder holds, with empty tables for what is missing; ValueError for a file that was cut short."""
 
     def table(name: str, columns: list[str]) -> pd.DataFrame:
         path = out / name
+        if path.suffix == ".csv" and path.exists() and not path.read_bytes().endswith(b"\n"):
+            raise ValueError(f"{name} ends in the middle of a line")
         frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str)) if path.exists() else pd.DataFrame(columns=columns)
         for column in ("wrong", "note", "place"):
             if column in frame:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from perf.compiled import Compiled
+from perf.compiled import Compiled, itemsize
 from perf.gpus import Gpu
 
 SUSTAINED = 0.8
@@ -65,16 +65,16 @@ def blocks(compiled: Compiled, gpu: Gpu) -> int:
     )
 
 
-def tile_bound(compiled: Compiled, gpu: Gpu, dtype: str, precision: str, memory_bytes: float) -> Bound:
+def tile_bound(compiled: Compiled, gpu: Gpu, dtype: str, memory_bytes: float) -> Bound:
     """Of a launch of `tile_kernel`; `memory_bytes`: what the tile moves from and to main memory."""
     of = compiled.options
     block_n, block_c, block_d = of["BLOCK_N"], of["BLOCK_C"], of["BLOCK_D"]
     rounds = -(-of["D"] // block_d)
     done = compiled.instructions.per_tile(rounds)
-    size = 4 if dtype == "float32" else 2
+    size = itemsize(dtype)
     resident = blocks(compiled, gpu)
     return Bound(
-        matrix=2 * block_n * block_c * block_d * rounds / gpu.matrix_rate(dtype, precision),
+        matrix=2 * block_n * block_c * block_d * rounds / gpu.matrix_rate(dtype),
         exp=(done["exp2"] + done["special"]) * compiled.threads / gpu.special,
         issue=sum(count for kind, count in done.items() if kind != "scalar") * compiled.threads / gpu.issue,
         shared=operand_numbers(compiled) * rounds * size / gpu.shared_bandwidth,

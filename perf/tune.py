@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 
 from perf import static
-from perf.compiled import Compiled, compiling_for
+from perf.compiled import DTYPES, Compiled, compiling_for, itemsize, multiplying
 from perf.gpus import GPUS, Gpu
 from tritonmargin.kernels import tiles, triton_ops
 from tritonmargin.kernels.tiles import Tiles
@@ -26,12 +27,12 @@ TABLE = Path(tiles.__file__).with_name("tiles.json")
 N, D, K = 1024, 512, 4096  # what candidates are compared on
 TOLERATED = 32  # bytes of spills in the epilogue that returns statistics and keeps logits at once
 EXAMPLE = Tiles(128, 128, 64, 8, 3, True, 1, 0, False)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KINDS = ("bfloat16", "tf32", "float32")  # of products; float16 has the tiles of bfloat16
 
 
 def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
     """Tiles worth compiling: those whose sums fit the registers or the tensor memory."""
-    wide = dtype == "float32"
+    wide, matrix = itemsize(dtype) == 4, dtype != "float32"
     hopper = gpu.target in ("sm_90", "sm_100")
     blocks_c = (64, 128) if wide else (64, 128, 256)
     for block_n, block_c, block_d, warps, stages in itertools.product(
@@ -39,13 +40,14 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
     ):
         if block_n * block_c // (warps * 32) > 128:
             continue  # registers of the sums alone
-        size = (block_n + block_c) * block_d * (4 if wide else 2) * stages
+        size = (block_n + block_c) * block_d * itemsize(dtype) * stages
         if size > gpu.shared or (hopper and stages == 2) or (gpu.target.startswith("gfx") and stages > 2):
             continue
-        free = Tiles(block_n, block_c, block_d, warps, stages, hopper and not wide, int(hopper), 0, False)
+        # Products of float32 as it is, which no matrix unit makes, spill hundreds of bytes with descriptors.
+        free = Tiles(block_n, block_c, block_d, warps, stages, hopper and matrix, int(hopper), 0, False)
         yield free
         # Only Blackwell's accumulators, in tensor memory, can be handed from warp to warp.
-        if gpu.target == "sm_100" and not wide:
+        if gpu.target == "sm_100" and matrix:
             yield free._replace(specialised=True)
 
 
@@ -86,7 +88,7 @@ def others(x: torch.Tensor, rows: torch.Tensor) -> None:
 def compile_with(tile: Tiles, gpu: Gpu, dtype: str, what: Callable[..., None] = launches, d: int = D) -> list[Compiled]:
     x, rows = (torch.empty(size, d, dtype=DTYPES[dtype]) for size in (N, K))
     chosen = tile._replace(programs=2 * gpu.processors if tile.programs else 0)
-    with using(chosen), compiling_for(gpu.target, gpu.processors) as found:
+    with multiplying(dtype), using(chosen), compiling_for(gpu.target, gpu.processors) as found:
         what(x, rows)
     return found
 
@@ -116,7 +118,7 @@ def search(gpu: Gpu, dtype: str, say: Callable[[str], Any] = print) -> pd.DataFr
         except Exception as error:  # what does not compile is no candidate; the table says so
             lines.append(line | {"failed": type(error).__name__})
             continue
-        bounds = [static.tile_bound(each, gpu, dtype, "ieee", 0.0) for each in found]
+        bounds = [static.tile_bound(each, gpu, dtype, 0.0) for each in found]
         line |= {
             "registers_used": max(each.registers for each in found),
             "spills": sum(each.spills for each in found),
@@ -195,8 +197,10 @@ def write(entries: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
     path.write_text(json.dumps(dict(sorted((table | entries).items())), indent=1) + "\n")
 
 
-def measure(dtype: str, say: Callable[[str], Any] = print, repeats: int = 20) -> pd.DataFrame:
-    """The candidates on this machine's GPU, by the median time of both passes."""
+def measure(
+    dtype: str, say: Callable[[str], Any] = print, repeats: int = 20, left: Callable[[], float] = lambda: math.inf
+) -> pd.DataFrame:
+    """The candidates on this machine's GPU, by the median time of both passes; `left`: seconds that may still pass."""
     import triton.testing
 
     target = tiles.gpu(torch.cuda.current_device()).target
@@ -207,8 +211,11 @@ def measure(dtype: str, say: Callable[[str], Any] = print, repeats: int = 20) ->
     for tile in candidates(gpu, dtype):
         say(f"{target} {dtype} {tile}")
         line: dict[str, Any] = {"target": target, "dtype": dtype, **tile._asdict(), "blocks": 2}
+        if left() <= 0:
+            lines.append(line | {"failed": "the time was up"})
+            continue
         try:
-            with using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
+            with multiplying(dtype), using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
                 taken = triton.testing.do_bench(lambda: launches(x, rows), rep=repeats, return_mode="median")
         except Exception as error:  # out of resources, for one
             lines.append(line | {"failed": type(error).__name__})

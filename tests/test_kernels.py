@@ -600,10 +600,10 @@ def test_liger_agrees_and_moves_what_was_counted(dtype: torch.dtype, ttsem: Any)
 
 
 def test_every_combination_has_a_tile() -> None:
-    for target, dtype, n, d, k in itertools.product(
+    for target, dtype, n, d, k, precision in itertools.product(
         ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter"), (torch.float32, torch.float16, torch.bfloat16),
-        (1, 16, 17, 1000), (1, 17, 64, 512, 1024), (1, 63, 8192),
+        (1, 16, 17, 1000), (1, 17, 64, 512, 1024), (1, 63, 8192), ("ieee", "tf32"),
     ):  # fmt: skip
-        tile = tiles.pick_tiles(target, dtype, n, d, k)
+        tile = tiles.pick_tiles(target, dtype, n, d, k, precision=precision)
         assert tile.block_n >= 16
         assert all(size & (size - 1) == 0 for size in tile[:3])

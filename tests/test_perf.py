@@ -433,6 +433,7 @@ def test_the_losses_of_samples_are_written(tmp_path: Path) -> None:
         ("report --out missing", "no results in missing"),
         ("report --out damaged", "a file in damaged is damaged"),
         ("run --tiny --out damaged", "a file in damaged is damaged"),
+        ("report --out cut", "results.csv ends in the middle of a line"),
         ("audit --target sm_75", "'sm_75' is not among"),
         ("tune --dtype float16", "'float16' is not among"),
         ("roofline --dtype fp8", "'fp8' is not among"),
@@ -444,6 +445,8 @@ def test_a_mistake_on_the_command_line_is_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "runs.json").write_text("{")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "results.csv").write_text("loss,dtype\narcface,floa")
     (tmp_path / "README.md").write_text("as it was")
     done = CliRunner().invoke(app, line.split(), env={"COLUMNS": "200"})
     assert done.exit_code == 2, done.output

@@ -159,7 +159,7 @@ def test_tune_writes_what_pick_tiles_reads(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_line_of_the_table_of_tiles_has_its_evidence() -> None:
     table = json.loads(tune.TABLE.read_text())
-    assert set(table) == {f"{target} {dtype}" for target in GPUS for dtype in tune.DTYPES}
+    assert set(table) == {f"{target} {dtype}" for target in GPUS for dtype in tune.KINDS}
     assert all("cycles per logit" in line["evidence"] or "measured" in line["evidence"] for line in table.values())
 
 
@@ -186,6 +186,8 @@ def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert set(state["steps"]) == set(gate.STEPS)
         assert all(step["status"] == "done" for step in state["steps"].values())
         assert all(line["within_budget"] for line in state["steps"]["errors"]["result"])
+        figures = {line["figure"].partition(", ")[0] for line in state["steps"]["verdict"]["result"]}
+        assert figures >= {"tritonmargin", "floor: three products at the sustained rate", "full logits"}
         assert len(list(tmp_path.iterdir())) <= 8
         times.append({name: step["seconds"] for name, step in state["steps"].items()})
     assert times[0] == times[1]

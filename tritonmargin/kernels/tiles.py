@@ -37,13 +37,15 @@ class Device(NamedTuple):
     cache: int  # bytes of the last-level cache
 
 
-def pick_tiles(target: str, dtype: torch.dtype, n: int, d: int, k: int, processors: int = 132) -> Tiles:
+def pick_tiles(
+    target: str, dtype: torch.dtype, n: int, d: int, k: int, processors: int = 132, precision: str = "ieee"
+) -> Tiles:
     """The tile for x [N, D] times k rows.
 
-    From the table; fewer samples take a lower tile, in three steps, so that few kernels are compiled, and a narrow D
-    takes a narrower block of the sum.
+    From the table, where float32 that is multiplied as TF32 has lines of its own; fewer samples take a lower tile, in
+    three steps, so that few kernels are compiled, and a narrow D takes a narrower block of the sum.
     """
-    kind = "float32" if dtype == torch.float32 else "bfloat16"
+    kind = "bfloat16" if dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
     line = table()[f"{family(target)} {kind}"]
     block_n = min(line["block_n"], 16 if n <= 16 else 64 if n <= 64 else 128)
     # A tensor memory tile has at least 64 samples, a warp group's product too.
@@ -65,7 +67,8 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int) -> int:
 
     As many as keep the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, inside
     `CACHE_SHARE` of the cache, so that dL/dz never goes to main memory; rounded down to whole waves of tiles (every
-    processor has the same number of them), and never below one wave: a chunk costs about five launches.
+    processor has the same number of them), and never below one wave: a chunk costs about five launches. float32's
+    waves are of its own tile, also where it is multiplied as TF32: backward may see another setting than forward.
     """
     tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
     across = max(1, (n + tile.block_n - 1) // tile.block_n)
@@ -110,7 +113,7 @@ def table() -> dict[str, dict[str, Any]]:
     # A program of the interpreter costs the same at any size.
     whole = dict(block_n=16, block_c=64, block_d=64, warps=4, stages=2, descriptors=False)
     whole |= dict(programs_per_processor=0, registers=0, specialised=False)
-    return found | {"interpreter float32": whole, "interpreter bfloat16": whole}
+    return found | {f"interpreter {kind}": whole for kind in ("float32", "tf32", "bfloat16")}
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -370,7 +370,7 @@ def launch(
 
 def tiles_for(x: Tensor, k: int) -> Tiles:
     device, (n, d) = device_of(x), x.shape
-    return pick_tiles(device.target, x.dtype, n, d, k, device.processors)
+    return pick_tiles(device.target, x.dtype, n, d, k, device.processors, precision(x.dtype, device.target))
 
 
 def chunk_for(x: Tensor, dtype: torch.dtype) -> int:
