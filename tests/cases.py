@@ -75,13 +75,22 @@ def made(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
+def labels(c: int, n: int, seed: int = 0) -> Tensor:
+    return torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+
+
+def sampled(target: Tensor, classes: int, samples: int, generator: torch.Generator) -> Tensor:
+    """`sample_classes`, the same sample on every machine: a generator of the CPU draws on the CPU alone."""
+    return tm.sample_classes(target.cpu(), classes, samples, generator).to(target.device)
+
+
 def problem(n: int = 6, d: int = 9, c: int = 131, *, bias: bool = False, seed: int = 0) -> Problem:
     """Random, with about unit logits for losses that do not normalise, and upstream gradients of both signs."""
     seed *= 10
     return Problem(
         x=made(n, d, seed=seed + 1),
         w=made(c, d, seed=seed + 2) / math.sqrt(d),
-        y=torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed + 3), device="cpu").to(DEVICE),
+        y=labels(c, n, seed + 3),
         upstream=made(n, seed=seed + 4),
         bias=made(c, seed=seed + 5) if bias else None,
     )

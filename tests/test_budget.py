@@ -22,6 +22,7 @@ from cases import (
     every_kind,
     every_margin,
     every_objective,
+    labels,
     made,
     oracle,
     rms,
@@ -70,7 +71,7 @@ def drawn(
     regime: str, margin: tm.Margin, seed: int, bias: bool = False, n: int = 48, d: int = 33, c: int = 5 * ONE_CHUNK + 1
 ) -> Problem:
     """Embeddings as they are at first, when trained, when they sit at a wrong class; no two samples alike."""
-    w, y = made(c, d, seed=10 * seed), torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
+    w, y = made(c, d, seed=10 * seed), labels(c, n, seed)
     x, wrong = made(n, d, seed=10 * seed + 1), w[(y + 1) % c]
     towards = {"untrained": 0.0 * x, "trained": w[y], "mixed": torch.where((y % 2 == 0)[:, None], w[y], wrong)}[regime]
     x = towards + (0.3 + made(n, seed=10 * seed + 2).abs())[:, None] * x

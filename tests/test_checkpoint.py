@@ -40,7 +40,7 @@ def pool(tmp_path_factory):
 
 
 def matrix(c, seed):
-    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def state_of(c, seed, shard=None):

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, not_ttsem
+from cases import DEVICE, made, not_ttsem
 from torch.utils.checkpoint import checkpoint
 
 import tritonmargin as tm
@@ -38,8 +38,8 @@ def test_01_class_number_times_width_past_2_to_the_31():
     """C D = 2^31 + 2^13 elements: the last rows' offsets do not fit 32 bits. bfloat16, 4.3 GB, and no gradient to W."""
     d, c = 1024, (1 << 21) + 8
     w = torch.zeros(c, d, dtype=torch.bfloat16)
-    w[-4:] = torch.randn(4, d, generator=torch.Generator().manual_seed(0)).bfloat16()
-    x = torch.randn(3, d, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    w[-4:] = made(4, d).bfloat16()
+    x = made(3, d, seed=1).float().requires_grad_()
     target = torch.tensor([c - 1, c - 2, 5])
     loss, stats = tm.margin_cross_entropy(x, w, target, tm.ArcFace(), reduction="none", return_stats=True)
     few = torch.cat([w[-4:], w[5:6]]).double()
@@ -54,10 +54,10 @@ def test_01_class_number_times_width_past_2_to_the_31():
 
 def test_01_class_number_times_width_past_2_to_the_31_without_the_memory():
     """The same offsets on an expanded matrix: one row of memory, 2^21 + 8 classes of 1024 numbers."""
-    row = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+    row = made(1, 1024).float()
     c = (1 << 21) + 8
     ids = torch.tensor([0, 7, c - 2, c - 1])
-    x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(1))
+    x = made(2, 1024, seed=1).float()
     loss = tm.margin_cross_entropy(x, row.expand(c, 1024), torch.tensor([c - 1, 7]), tm.NormFace(), class_ids=ids)
     assert loss.item() == pytest.approx(math.log(4), rel=1e-6)
 
@@ -192,7 +192,7 @@ def test_06_hopeless_rows_have_a_loss_above_100(dtype):
 @pytest.mark.parametrize("name", MARGINS)
 def test_07_reduction_none_with_any_upstream_gradient(name, objective):
     x, w, target = problem(6, 8, 131, torch.float64)
-    upstream = torch.randn(6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    upstream = made(6, seed=3)
 
     def both(function):
         loss = function(x, w, target, MARGINS[name](), reduction="none", objective=objective)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from cases import MACHINE, cpu_only
+from cases import DEVICE, MACHINE, cpu_only, labels, made, sampled
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import tritonmargin as tm
@@ -21,8 +21,7 @@ from tritonmargin.objectives import OBJECTIVES
 
 
 def batch(n=6, d=8, c=131):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, d, generator=generator), torch.randint(c, (n,), generator=generator)
+    return made(n, d).float(), labels(c, n)
 
 
 # -- the module ----------------------------------------------------------------------------------------------------
@@ -128,15 +127,15 @@ def test_dtype_moves_weights_and_keeps_margin_numbers():
 def test_training_learns_and_sparse_gradients_train_too():
     """Thirty steps of SGD separate 50 classes of 8 numbers, with all classes and with a sample of 20."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(50, 8, generator=generator)
+    centres = torch.randn(50, 8, generator=generator, device="cpu").to(DEVICE)
     for sparse in (False, True):
         torch.manual_seed(0)
         head = tm.MarginSoftmaxLoss(8, 50, tm.CosFace(m=0.1, s=16.0), sparse_grad=sparse)
         optimiser = torch.optim.SGD(head.parameters(), lr=0.02)
         for _ in range(60):
-            target = torch.randint(50, (64,), generator=generator)
-            x = centres[target] + 0.1 * torch.randn(64, 8, generator=generator)
-            ids = tm.sample_classes(target, 50, 40, generator) if sparse else None
+            target = torch.randint(50, (64,), generator=generator, device="cpu").to(DEVICE)
+            x = centres[target] + 0.1 * torch.randn(64, 8, generator=generator, device="cpu").to(DEVICE)
+            ids = sampled(target, 50, 40, generator) if sparse else None
             loss = head(x, target, class_ids=ids)
             optimiser.zero_grad()
             loss.backward()
@@ -150,16 +149,16 @@ def test_training_learns_and_sparse_gradients_train_too():
 
 def test_sample_classes():
     target = torch.tensor([9, 3, 3, -100, 99])
-    ids = tm.sample_classes(target, 100, 20, torch.Generator().manual_seed(0))
+    ids = sampled(target, 100, 20, torch.Generator().manual_seed(0))
     assert ids.dtype == torch.int64
     assert len(ids) == 20
     assert (ids[1:] > ids[:-1]).all()
     assert {3, 9, 99} <= set(ids.tolist())
     assert ids.min() >= 0
     assert ids.max() < 100
-    again = tm.sample_classes(target, 100, 20, torch.Generator().manual_seed(0))
+    again = sampled(target, 100, 20, torch.Generator().manual_seed(0))
     assert torch.equal(ids, again)
-    assert not torch.equal(ids, tm.sample_classes(target, 100, 20, torch.Generator().manual_seed(1)))
+    assert not torch.equal(ids, sampled(target, 100, 20, torch.Generator().manual_seed(1)))
     assert tm.sample_classes(target, 100, 2).tolist() == [3, 9, 99]  # positives are never dropped
     assert torch.equal(tm.sample_classes(target, 100, 100), torch.arange(100))
     assert tm.sample_classes(target[:0], 100, 0).tolist() == []
@@ -169,7 +168,7 @@ def test_sampled_negatives_are_uniform():
     generator = torch.Generator().manual_seed(0)
     count = torch.zeros(20)
     for _ in range(2000):
-        count[tm.sample_classes(torch.tensor([7]), 20, 6, generator)] += 1
+        count[sampled(torch.tensor([7]), 20, 6, generator)] += 1
     assert count[7] == 2000
     negatives = torch.cat([count[:7], count[8:]])
     # Each of 19 negatives is drawn with probability 5/19: mean 526, standard deviation 20.
@@ -272,7 +271,7 @@ BAD_CALLS = {
     "ignore_index": (dict(ignore_index=1.0), TypeError, "ignore_index must be an integer"),
     "retain_bytes": (dict(retain_bytes=-1), ValueError, "retain_bytes must be a number of bytes"),
     "chunk_bytes": (dict(chunk_bytes=0), ValueError, "chunk_bytes must be a number of bytes"),
-    "device": (dict(weight=W.to("meta")), ValueError, "weight is on meta, embeddings on cpu"),
+    "device": (dict(weight=W.to("meta")), ValueError, f"weight is on meta, embeddings on {X.device}"),
 }
 
 
@@ -357,9 +356,7 @@ def test_empty_batch(objective, reduction):
 @pytest.mark.parametrize("name", MARGINS)
 def test_one_class_and_one_dimension(name):
     for c, d in ((1, 1), (1, 5), (2, 1), (5, 1)):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(3, d, generator=generator, dtype=torch.float64, requires_grad=True)
-        w = torch.randn(c, d, generator=generator, dtype=torch.float64, requires_grad=True)
+        x, w = made(3, d).requires_grad_(), made(c, d, seed=1).requires_grad_()
         target = torch.tensor([0, c - 1, 0])
         loss = tm.margin_cross_entropy(x, w, target, MARGINS[name](), reduction="none")
         expected = tm.reference.margin_cross_entropy(x, w, target, MARGINS[name](), reduction="none")

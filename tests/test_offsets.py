@@ -40,7 +40,7 @@ def lines(content: Tensor) -> Tensor:  # [3, D]
 
 def small(seed: int, dtype: torch.dtype = torch.int8) -> Tensor:  # [3, D]
     random = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (N, D), generator=random).to(dtype=dtype, device=DEVICE)
+    return torch.randint(-3, 4, (N, D), generator=random, device="cpu").to(dtype=dtype, device=DEVICE)
 
 
 def empty(dtype: torch.dtype = torch.float32, rows: int = N) -> Tensor:

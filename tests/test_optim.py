@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, MORE, ONE_CHUNK, cost, cpu_only, every_backend, made, not_ttsem, using
+from cases import DEVICE, MORE, ONE_CHUNK, cost, cpu_only, every_backend, labels, made, not_ttsem, sampled, using
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -159,13 +159,13 @@ def test_a_resumed_optimiser_goes_on_as_if_never_stopped(kind: str) -> None:
 @not_ttsem
 def test_rounding_by_chance_is_right_on_average() -> None:
     value = torch.tensor([1.0, 1.0 + 2**-10, 1.0 + 2**-8, -3.0 - 2**-9, 1e-30, 0.0]).repeat(20_000, 1)
-    rounded = stochastic(value, torch.Generator().manual_seed(0))
+    rounded = stochastic(value, torch.Generator(value.device).manual_seed(0))
     assert torch.equal(rounded, rounded.bfloat16().float()), "not bfloat16 numbers"
     assert ((rounded - value).abs() <= value.abs() * 2.0**-7).all()
     spread = value[0].abs() * 2.0**-8 / 20_000**0.5
     assert ((rounded.double().mean(dim=0) - value[0].double()).abs() <= 4 * spread).all()
     edge = torch.tensor([torch.finfo(torch.bfloat16).max, torch.inf, -torch.inf, torch.nan, 3.4e38])
-    kept = stochastic(edge, torch.Generator().manual_seed(0))
+    kept = stochastic(edge, torch.Generator(edge.device).manual_seed(0))
     assert torch.equal(kept.isnan(), edge.isnan())
     assert torch.equal(kept[1:3], edge[1:3])
     assert kept[0] == edge[0]
@@ -204,12 +204,11 @@ def trained(
         head.update_in_backward(optimiser)
     for step in range(steps):
         x = made(7, 9, seed=10 + step).to(dtype).requires_grad_()
-        target = torch.randint(150, (7,), generator=torch.Generator().manual_seed(step), device="cpu").to(DEVICE)
+        target = labels(150, 7, step)
         optimiser.zero_grad()
         ids = None
         if rate < 1.0:
-            drawn = torch.Generator().manual_seed(step)
-            ids = tm.sample_classes(target.cpu(), 150, round(rate * 150), drawn).to(DEVICE)
+            ids = sampled(target, 150, round(rate * 150), torch.Generator().manual_seed(step))
         head(x, target, class_ids=ids).backward()
         assert isinstance(head.weight.grad, NoGradient) == inside
         optimiser.step()

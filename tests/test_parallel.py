@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import cpu_only, made
+from cases import cpu_only, labels, made
 from ranks import on_ranks
 from torch import Tensor, nn
 
@@ -44,8 +44,7 @@ def mine(sizes: list[int]) -> slice:
 
 
 def problem(c: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    target = torch.randint(c, (n,), generator=torch.Generator().manual_seed(seed))
-    return made(n, D, seed=seed + 1).to(dtype), made(c, D, seed=seed + 2).to(dtype), target
+    return made(n, D, seed=seed + 1).to(dtype), made(c, D, seed=seed + 2).to(dtype), labels(c, n, seed)
 
 
 def heads(c: int, w: Tensor, **options: Any) -> tuple[tm.MarginSoftmaxLoss, tm.MarginSoftmaxLoss]:

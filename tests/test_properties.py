@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import FLOATS, HALVES, MORE, Problem, assert_rows_close, made, oracle, run, streamed
+from cases import DEVICE, FLOATS, HALVES, MORE, Problem, assert_rows_close, made, oracle, run, sampled, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,7 +31,7 @@ def calls(draw: st.DrawFn) -> tuple[Problem, tm.Margin, dict[str, object]]:
     seed = draw(st.integers(0, 10**6))
     generator = torch.Generator().manual_seed(seed)
     dtype = draw(st.sampled_from((torch.float32, torch.float64)))
-    y = torch.randint(c, (n,), generator=generator)
+    y = torch.randint(c, (n,), generator=generator, device="cpu").to(DEVICE)
     ignore_index = draw(st.sampled_from((-100, -1, 0, 3)))
     if draw(st.booleans()):
         y[:: draw(st.integers(1, 4))] = ignore_index
@@ -43,11 +43,11 @@ def calls(draw: st.DrawFn) -> tuple[Problem, tm.Margin, dict[str, object]]:
         "retain_bytes": draw(st.sampled_from((0, 100 * n, 10**9))),
         "chunk_bytes": draw(st.sampled_from((1, 10**5, None))),
         "label_smoothing": draw(st.sampled_from((0.0, 0.1, 1.0))) if objective == "softmax" else 0.0,
-        "class_weight": torch.rand(c, generator=generator) + 0.1 if draw(st.booleans()) else None,
+        "class_weight": made(c, seed=seed + 5).abs() + 0.1 if draw(st.booleans()) else None,
     }
     if draw(st.booleans()):
         kept = y[y != ignore_index]
-        options["class_ids"] = tm.sample_classes(kept, c, draw(st.integers(1, c)), generator)
+        options["class_ids"] = sampled(kept, c, draw(st.integers(1, c)), generator)
         options["sparse_grad"] = draw(st.booleans())
     problem = Problem(
         x=laid_out(made(n, d, seed=seed + 1), draw(st.sampled_from(LAYOUTS))),
@@ -107,7 +107,7 @@ def test_dtypes_of_results(
 def test_more_classes_never_make_a_sample_easier(name: str, n: int, c: int, seed: int) -> None:
     """Every loss grows with the set of walked classes, and by nothing if a class is already walked."""
     problem = Problem(made(n, 6, seed=seed), made(c, 6, seed=seed + 1), torch.arange(n) % c, torch.ones(n))
-    few = tm.sample_classes(problem.y, c, c // 2, torch.Generator().manual_seed(seed))
+    few = sampled(problem.y, c, c // 2, torch.Generator().manual_seed(seed))
     for objective in OBJECTIVES:
         options = {"objective": objective, "reduction": "none"}
         part = streamed(problem, MARGINS[name](), class_ids=few, **options)["loss"]

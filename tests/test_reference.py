@@ -11,6 +11,7 @@ from math import cos, pi, sin
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import made
 from formulas import CASES, Case, arcface, combination, sphereface_r, unnormalised
 from pytorch_metric_learning import losses as pml
 from torch import Tensor
@@ -43,10 +44,6 @@ def close(actual: Tensor, expected: Tensor | list[float] | float, rtol: float = 
     wanted = torch.as_tensor(expected, dtype=torch.float64)
     largest = wanted[wanted.isfinite()].abs().max().item() if wanted.isfinite().any() else 0.0
     torch.testing.assert_close(actual.double(), wanted, rtol=0.0, atol=rtol * largest, equal_nan=True)
-
-
-def made(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def at_angles(thetas: list[float], norm: float = 1.5, dim: int = 3) -> Tensor:

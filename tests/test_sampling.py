@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import MORE, assert_same, cost, cpu_only, every_margin, oracle, problem, streamed
+from cases import MORE, assert_same, cost, cpu_only, every_margin, made, oracle, problem, streamed
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -161,7 +161,7 @@ def test_a_step_of_all_classes_by_sampling_is_the_full_step() -> None:
         optimiser = tm.optim.RowSGD(head.parameters(), lr=1.0, momentum=0.9)
         losses = []
         for step in range(30):
-            x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            x = made(8, 6, seed=step)
             ids = torch.arange(60) if sampled else None
             loss = head(x, torch.arange(8) * 7 % 60, class_ids=ids)
             optimiser.zero_grad()

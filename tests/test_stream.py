@@ -269,9 +269,7 @@ def test_the_first_class_can_be_the_hardest(backend: str) -> None:
 
 
 def test_slots_are_added_up() -> None:
-    z = torch.randn(
-        4, 5, 7, generator=torch.Generator().manual_seed(0), device="cpu"
-    ).double()  # slots, classes, samples
+    z = made(4, 5, 7)  # slots, classes, samples
     z[2] = -torch.inf
     z[:, :, 3] = -torch.inf
     maximum = z.amax(dim=1)
@@ -493,7 +491,7 @@ SOME = 4 * ONE_CHUNK * (64 + 2 * 32) * 4  # bytes of a chunk of 256 classes, of 
 MEMORY = {
     "plain": {},
     "label_smoothing": {"label_smoothing": 0.1},
-    "class_weight": {"class_weight": torch.rand(BIG["c"], generator=torch.Generator().manual_seed(0))},
+    "class_weight": {"class_weight": made(BIG["c"]).float().abs() + 0.1},
     "stats": {"return_stats": True},
     "lse-hinge": {"objective": "lse-hinge"},
     "max-hinge": {"objective": "max-hinge"},
