@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -103,10 +104,21 @@ def at_angle(cosine: Tensor, own: Tensor, aside: Tensor) -> Tensor:  # [N], [N, 
     return cosine[:, None] * own + (1.0 - cosine**2).clamp(min=0.0).sqrt()[:, None] * aside
 
 
-def using(backend: str | None, *dtypes: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """`use_backend`, or the library's own choice: the kernels leave float64 to the torch backend, on every device."""
-    own_choice = backend is None or (backend == "triton" and torch.float64 in dtypes)
-    return contextlib.nullcontext() if own_choice else tm.use_backend(backend)
+def combinations(names: tuple[str, ...], *axes: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrised by every combination; where kernels are executed on a CPU, 0.1 s a launch, by every second one.
+
+    Neighbours take turns along each axis: of three, any two values of two of them still meet.
+    """
+    found = []
+    for numbered in itertools.product(*map(enumerate, axes)):
+        if not MACHINE.startswith("ttsem") or sum(place for place, _ in numbered) % 2 == 0:
+            found.append(tuple(value for _, value in numbered))
+    return pytest.mark.parametrize(names, found)
+
+
+def using(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """`use_backend`, which refuses the kernels what they do not compute, or the library's own choice."""
+    return contextlib.nullcontext() if backend is None else tm.use_backend(backend)
 
 
 def precise(backend: str) -> tuple[torch.dtype, float]:
@@ -120,7 +132,7 @@ def run(
     """The loss and its gradients by name; the upstream gradient is the problem's, or 1.5 for a scalar loss."""
     leaves = {"dx": given.x, "dw": given.w} | ({} if given.bias is None else {"db": given.bias})
     leaves = {key: value.detach().requires_grad_() for key, value in leaves.items()}
-    with using(backend, given.x.dtype, given.w.dtype):
+    with using(backend):
         value = loss(leaves["dx"], leaves["dw"], given.y, margin, bias=leaves.get("db"), **options)
         upstream = given.upstream.to(value.dtype) if value.ndim else torch.tensor(1.5, dtype=value.dtype)
         grads = torch.autograd.grad(value, list(leaves.values()), upstream)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
 if MACHINE == "interpreter":
@@ -31,6 +32,7 @@ settings.load_profile("ours")
 def pytest_configure(config: pytest.Config) -> None:
     # A kernel that fails must not pass its test on another backend.
     config.addinivalue_line("filterwarnings", "error:tritonmargin")
+    config.addinivalue_line("markers", "no_launch: a test of the kernels' backend in which there is nothing to launch")
     if MACHINE == "cuda":
         torch.set_default_device("cuda")
     if not MACHINE.startswith("ttsem"):
@@ -47,6 +49,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # Buffers that the library makes hold nan until somebody writes them.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that says it is about the kernels has to launch one."""
+    state = getattr(item.config, "ttsem_state", None)
+    before = 0 if state is None else state.launches
+    yield  # a test that failed or was skipped goes on from here with its own exception
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if state is None or params.get("backend") != "triton" or item.get_closest_marker("no_launch"):
+        return
+    if state.launches == before:
+        pytest.fail("says that it runs on the triton backend, and launched no kernel")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

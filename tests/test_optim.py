@@ -225,7 +225,7 @@ def test_inside_backward_is_the_same_update(
     dtype = torch.float64 if backend == "torch" else torch.float32
     monkeypatch.setattr("tritonmargin.walk.cache_bytes", lambda: 1)  # several chunks
     for margin in ("arc", "plain", "norm"):
-        with using(backend, dtype):
+        with using(backend):
             expected, expected_dx = trained(kind, False, dtype, rate, unsampled, margin=margin)
             found, found_dx = trained(kind, True, dtype, rate, unsampled, margin=margin)
         rtol = 1e-12 if dtype == torch.float64 else 2e-4

@@ -55,6 +55,8 @@ def test_both_sides_of_the_switch(
     s: float, dtype: torch.dtype, bounded: bool, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the logits are: neither exp nor its sum nor the factors of both gradients leave the range."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels leave float64 to the torch backend")
     taken = []
 
     def spy(*args: Tensor, **options: object) -> Streamed:
