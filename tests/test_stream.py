@@ -414,6 +414,8 @@ def test_retained_classes_are_whole_chunks_or_all() -> None:
 def test_promise_same_result_for_any_chunk_size_and_retained_tiles(
     backend: str, kind: str, objective: str, dtype: torch.dtype
 ) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels leave float64 to the torch backend")
     given = problem(6, 9, CLASSES, bias=kind == "raw rows").to(dtype)
     options = {"objective": objective, "reduction": "none", "backend": backend}
     expected = streamed(given, KINDS[kind], chunk_bytes=EVERYTHING, **options)
