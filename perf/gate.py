@@ -1,11 +1,13 @@
 """`python -m perf gate --out DIR`: what a person with a GPU for ten minutes runs.
 
-Steps in order, each with what it found written at once; a second run goes on where the first was stopped, and no step
-begins after the time is up. A step that fails is a result too. `--dry-run` runs every step on this machine without a
-GPU, at tiny sizes, kernels executed by ttsem: its numbers say nothing, it shows that the gate works.
+Steps in order, each with what it found written at once; no step begins after the time is up. One that has not come to
+its end is partial: the next run does it again, and measures the rows that are missing. A step that fails is a result
+too. Steps that work on the GPU have a process each: a kernel that breaks it stops no other step. `--dry-run` runs every
+step on this machine without a GPU, at tiny sizes, kernels executed by ttsem: its numbers say nothing, it shows that the
+gate works.
 
     environment  versions, the GPU, clocks
-    tests        tests/test_kernels.py on this GPU
+    tests        tests/test_kernels.py on this GPU, in at most 40 % of the time
     errors       loss and gradients against float64, beside plain torch in the same dtype
     rate         what cuBLAS makes of the three products of a step
     speed        the head's step beside the others, time and peak memory
@@ -19,8 +21,11 @@ gate.html.
 
 from __future__ import annotations
 
+import functools
 import html
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -28,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +49,13 @@ from perf.problem import Problem
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
 from perf.results import replace
+from perf.rows import UP, measured
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "search", "verdict")
+APART = ("errors", "rate", "speed", "search")
+TESTS_SHARE = 0.4  # of the minutes: what is measured should have some left
+GRACE = 60.0  # seconds that a step may take to see that the time is up: a compilation ends by itself
 
 
 @dataclass
@@ -55,11 +64,15 @@ class Gate:
     dry: bool
     minutes: float
     say: Callable[[str], Any] = print
+    apart: bool = False  # whether steps on the GPU have a process of their own
     state: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.begin = time.monotonic()
+        self.load()
+
+    def load(self) -> None:
         path = self.out / "gate.json"
         if path.exists():
             self.state = json.loads(path.read_text())
@@ -81,22 +94,62 @@ class Gate:
 
     def run(self) -> bool:
         """Every step that is not done; whether all are, and none failed."""
-        for name, step in STEPS.items():
-            if self.state["steps"].get(name, {}).get("status") == "done":
+        steps = self.state["steps"]
+        for name in STEPS:
+            if steps.get(name, {}).get("status") == "done":
                 continue
             if self.left <= 0:
-                self.state["steps"][name] = {"status": "not begun, the time was up"}
+                steps.setdefault(name, {"status": f"not begun, {UP}"})
                 continue
             self.say(f"gate: {name}")
-            start = time.monotonic()
-            try:
-                found = {"status": "done", "result": step(self)}
-            except Exception as error:
-                found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-            self.state["steps"][name] = found | {"seconds": round(time.monotonic() - start, 1)}
-            self.save()
+            if name in ("rate", "speed") and "verdict" in steps:
+                steps["verdict"]["status"] = "partial"  # it is judged again by what is measured now
+            if self.apart and name in APART:
+                self.step_apart(name)
+            else:
+                self.step(name)
+            steps = self.state["steps"]
         self.save()
-        return all(step.get("status") == "done" for step in self.state["steps"].values())
+        return all(step.get("status") == "done" for step in steps.values())
+
+    def step(self, name: str) -> None:
+        start = time.monotonic()
+        try:
+            result = STEPS[name](self)
+            found = {"status": status_of(result), "result": result}
+        except Exception as error:
+            found = self.failed(name, f"{type(error).__name__}: {error}"[:2000])
+        self.state["steps"][name] = found | {"seconds": round(time.monotonic() - start, 1)}
+        self.save()
+
+    def step_apart(self, name: str) -> None:
+        """The same in a process, which leaves its rows in gate.json however it ends."""
+        start = time.monotonic()
+        self.save()
+        arguments = (self.out, self.dry, self.left / 60.0, name)
+        process = multiprocessing.get_context("spawn").Process(target=only, args=arguments)
+        process.start()
+        process.join(self.left + GRACE)
+        late = process.is_alive()
+        if late:
+            process.kill()
+            process.join()
+        self.load()
+        if process.exitcode:
+            found = self.failed(name, f"stopped, {UP}" if late else f"its process ended with {process.exitcode}")
+            taken = round(time.monotonic() - start, 1)
+            self.state["steps"][name] = found | {"seconds": taken} | ({"status": "partial"} if late else {})
+            self.save()
+
+    def failed(self, name: str, why: str) -> dict[str, Any]:
+        """With the rows that it had."""
+        rows = self.result(name)
+        return {"status": "failed", "error": why} | ({"result": rows} if isinstance(rows, list) else {})
+
+    def keep(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """What a step has so far."""
+        self.state["steps"][name] = {"status": "partial", "result": rows}
+        self.save()
 
     def result(self, name: str) -> Any:
         return self.state["steps"].get(name, {}).get("result")
@@ -107,6 +160,13 @@ class Gate:
             if self.result(name):
                 pd.DataFrame(self.result(name)).to_csv(self.out / f"{name}.csv", index=False)
         (self.out / "gate.html").write_text(page(self.state))
+
+
+def status_of(result: Any) -> str:
+    rows = result if isinstance(result, list) else [result]
+    if any(not row.get("within_budget", True) for row in rows):
+        return "failed"
+    return "partial" if any(row.get("failed") == UP for row in rows) else "done"
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------
@@ -139,7 +199,8 @@ def environment(gate: Gate) -> dict[str, Any]:
 
 def tests(gate: Gate) -> dict[str, Any]:
     """The kernel tests in a process of their own."""
-    return run_tests(gate, "tests.txt", ["test_kernels"], "ties or descriptors_only or not_a_number")
+    most = TESTS_SHARE * 60.0 * gate.minutes
+    return run_tests(gate, "tests.txt", ["test_kernels"], "ties or descriptors_only or not_a_number", most)
 
 
 def other_tests(gate: Gate) -> dict[str, Any]:
@@ -148,16 +209,24 @@ def other_tests(gate: Gate) -> dict[str, Any]:
     return run_tests(gate, "other_tests.txt", files[2:3] if gate.dry else files, "first_chunk_that_holds and softmax")
 
 
-def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str) -> dict[str, Any]:
+def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str, most: float = math.inf) -> dict[str, Any]:
+    """Their words are in the file as they come. Tests that are run again find their kernels compiled."""
     chosen = ["-k", chosen_if_dry] if gate.dry else ["-m", "not slow"]
     call = [sys.executable, "-m", "pytest", *(f"tests/{name}.py" for name in files), *chosen]
-    environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda"}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(60.0, gate.left))
-    (gate.out / report).write_text(done.stdout[-100_000:] + done.stderr[-10_000:])
-    last = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line]
-    if done.returncode:
-        raise RuntimeError(last[-1] if last else done.stderr[-500:])
-    return {"summary": last[-1]}
+    environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda", "PYTHONUNBUFFERED": "1"}
+    path, code = gate.out / report, None
+    with path.open("w") as file:
+        try:
+            code = subprocess.run(
+                call, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=min(most, gate.left)
+            ).returncode
+        except subprocess.TimeoutExpired:
+            file.write(f"\n{UP}\n")
+    said = path.read_text(errors="replace")
+    last = [line for line in said.splitlines() if " passed" in line or " failed" in line]
+    if code:
+        raise RuntimeError(last[-1] if last else said[-500:])
+    return {"failed": UP} if code is None else {"summary": last[-1]}
 
 
 def errors(gate: Gate) -> list[dict[str, Any]]:
@@ -232,34 +301,36 @@ GRAPH = "ours-graph"
 
 def speed(gate: Gate) -> list[dict[str, Any]]:
     """Forward and backward of every provider that can, median and peak memory beyond what is given."""
-    lines = []
     sizes = [(8, 16, 200)] if gate.dry else SIZES
-    for n, d, c in sizes:
-        for dtype in ("bfloat16", "float32") if n == sizes[0][0] and c == sizes[0][2] else ("bfloat16",):
-            for loss, names in ROWS.items():
-                p = Problem(n, d, c, dtype, "cpu" if gate.dry else gate.device, loss)
-                tensors = p.tensors()
-                for name in names:
-                    line: dict[str, Any] = {"provider": name, "loss": loss, "dtype": dtype, "N": n, "D": d, "C": c}
-                    if class_of(name) is None:
-                        lines.append(line | {"failed": skipped_words(name) or "not found"})
-                        continue
-                    provider = make(name)
-                    why = provider.supports(p)
-                    if why or gate.left <= 0:
-                        lines.append(line | {"failed": why or "the time was up"})
-                        continue
-                    lines.append(line | one(provider, p, tensors, gate))
-            p = Problem(n, d, c, dtype, "cpu" if gate.dry else gate.device)
-            line = {"provider": GRAPH, "loss": p.loss, "dtype": dtype, "N": n, "D": d, "C": c}
-            lines.append(line | in_a_graph(p, gate))
-    return lines
+    asked = [
+        {"provider": name, "loss": loss, "dtype": dtype, "N": n, "D": d, "C": c}
+        for n, d, c in sizes
+        for dtype in (("bfloat16", "float32") if (n, d, c) == sizes[0] else ("bfloat16",))
+        for loss, names in (*ROWS.items(), ("arcface", (GRAPH,)))
+        for name in names
+    ]
+    tensors = functools.lru_cache(1)(Problem.tensors)
+
+    def row(line: dict[str, Any]) -> dict[str, Any]:
+        if not gate.dry:
+            torch.cuda.synchronize()  # raises where the row before broke the GPU's context: no row is blamed for it
+        size = (line["N"], line["D"], line["C"], line["dtype"])
+        p, name = Problem(*size, "cpu" if gate.dry else gate.device, line["loss"]), line["provider"]
+        if name == GRAPH:
+            return in_a_graph(p, gate)
+        if class_of(name) is None:
+            return {"failed": skipped_words(name) or "not found"}
+        provider = make(name)
+        why = provider.supports(p)
+        return {"failed": why} if why else one(provider, p, tensors(p), gate)
+
+    return measured(asked, gate.result("speed"), row, lambda: gate.left, lambda rows: gate.keep("speed", rows))
 
 
 def in_a_graph(p: Problem, gate: Gate) -> dict[str, Any]:
     """Our forward and backward captured once and replayed: what the GPU takes where no launch waits for the CPU."""
-    if gate.dry or gate.left <= 0:
-        return {"failed": "a dry run has no CUDA graphs" if gate.dry else "the time was up"}
+    if gate.dry:
+        return {"failed": "a dry run has no CUDA graphs"}
     provider = make("ours")
     step = lambda: provider.run(STEP)  # noqa: E731
     try:
@@ -279,7 +350,8 @@ def in_a_graph(p: Problem, gate: Gate) -> dict[str, Any]:
             "title": "tritonmargin, in a CUDA graph", "mode": STEP, "milliseconds": 1e3 * median(captured.replay, gate)
         }  # fmt: skip
     except Exception as error:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -302,7 +374,8 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
         return {"title": provider.title, "mode": mode, "milliseconds": 1e3 * median(step, gate), "peak_MB": peak}
     except Exception as error:  # out of memory, a peer that does not compile: a row of the table
         if not gate.dry:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
         return {"title": provider.title, "failed": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -316,7 +389,11 @@ def search(gate: Gate) -> list[dict[str, Any]]:
     if gate.dry:  # nothing can be timed: one candidate, compiled
         tile = next(tune.candidates(tune.GPUS["sm_80"], "bfloat16"))
         return [{"target": "sm_80", "dtype": "bfloat16", **tile._asdict(), "failed": "a dry run measures nothing"}]
-    return tune.measure("bfloat16", gate.say, left=lambda: gate.left).to_dict("records")
+    frame = tune.measure(
+        "bfloat16", gate.say, left=lambda: gate.left, found=gate.result("search"),
+        keep=lambda rows: gate.keep("search", rows),
+    )  # fmt: skip
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def verdict(gate: Gate) -> list[dict[str, Any]]:
@@ -397,10 +474,15 @@ def page(state: dict[str, Any]) -> str:
 def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:
     if not dry and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --dry-run shows that the gate works")
+    return Gate(out, dry, minutes, say, apart=True).run()
+
+
+def only(out: Path, dry: bool, minutes: float, name: str) -> None:
+    """One step, in this process."""
     session: Any = nullcontext()
     if dry:
         from ttsem import sanitize
 
         session = sanitize.session(cc=90)
     with session:
-        return Gate(out, dry, minutes, say).run()
+        Gate(out, dry, minutes, functools.partial(print, flush=True)).step(name)

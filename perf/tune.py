@@ -19,6 +19,7 @@ import torch
 from perf import static
 from perf.compiled import DTYPES, Compiled, compiling_for, itemsize, multiplying
 from perf.gpus import GPUS, Gpu
+from perf.rows import Row, measured
 from tritonmargin.kernels import tiles, triton_ops
 from tritonmargin.kernels.tiles import Tiles
 from tritonmargin.kernels.torch_ops import Running
@@ -198,30 +199,34 @@ def write(entries: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
 
 
 def measure(
-    dtype: str, say: Callable[[str], Any] = print, repeats: int = 20, left: Callable[[], float] = lambda: math.inf
+    dtype: str,
+    say: Callable[[str], Any] = print,
+    repeats: int = 20,
+    left: Callable[[], float] = lambda: math.inf,
+    found: list[Row] | None = None,
+    keep: Callable[[list[Row]], Any] = lambda rows: None,
 ) -> pd.DataFrame:
-    """The candidates on this machine's GPU, by the median time of both passes; `left`: seconds that may still pass."""
+    """The candidates on this machine's GPU, by the time of both passes; `left`, `found`, `keep`: see `measured`."""
     import triton.testing
 
     target = tiles.gpu(torch.cuda.current_device()).target
     like = GPUS.get(tiles.family(target), GPUS["sm_80"])
     gpu = like._replace(target=target)
     x, rows = (torch.randn(size, D, device="cuda").to(DTYPES[dtype]) for size in (N, K))
-    lines = []
-    for tile in candidates(gpu, dtype):
+
+    def time(line: Row) -> Row:
+        tile = Tiles(*(line[name] for name in Tiles._fields))
         say(f"{target} {dtype} {tile}")
-        line: dict[str, Any] = {"target": target, "dtype": dtype, **tile._asdict(), "blocks": 2}
-        if left() <= 0:
-            lines.append(line | {"failed": "the time was up"})
-            continue
+        torch.cuda.synchronize()  # raises where a candidate broke the GPU's context: the next is not blamed for it
         try:
             with multiplying(dtype), using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
                 taken = triton.testing.do_bench(lambda: launches(x, rows), rep=repeats, return_mode="median")
         except Exception as error:  # out of resources, for one
-            lines.append(line | {"failed": type(error).__name__})
-            continue
-        lines.append(line | {"microseconds": 1e3 * taken})
-    frame = pd.DataFrame(lines)
+            return {"failed": type(error).__name__}
+        return {"microseconds": 1e3 * taken}
+
+    asked = [{"target": target, "dtype": dtype, **tile._asdict(), "blocks": 2} for tile in candidates(gpu, dtype)]
+    frame = pd.DataFrame(measured(asked, found, time, left, keep))
     return frame.sort_values("microseconds", ignore_index=True) if "microseconds" in frame else frame
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +204,112 @@ def test_the_gate_stops_at_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
     assert {step["status"] for step in late.state["steps"].values()} == {"not begun, the time was up"}
     with pytest.raises(ValueError, match="choose another --out"):
         gate.Gate(tmp_path, dry=False, minutes=1.0)
+
+
+def some_steps(monkeypatch: pytest.MonkeyPatch, **steps: object) -> None:
+    monkeypatch.setattr(gate, "STEPS", steps)
+
+
+def dry(out: Path) -> gate.Gate:
+    return gate.Gate(out, dry=True, minutes=10.0, say=lambda line: None)
+
+
+def test_a_gate_out_of_time_goes_on_with_the_rows_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    judged: list[int] = []
+
+    def one(provider: Any, p: object, tensors: object, of: gate.Gate) -> dict[str, object]:
+        timed.append(f"{provider.name} {p}")
+        if len(timed) == 2:
+            of.begin -= 1e9  # the time is up
+        if len(timed) == 4:
+            raise KeyboardInterrupt
+        return {"milliseconds": 1.0}
+
+    def verdict(of: gate.Gate) -> list[dict[str, object]]:
+        judged.append(sum(row.get("failed") != gate.UP for row in of.result("speed")))
+        return [{"figure": "any"}]
+
+    monkeypatch.setattr(gate, "one", one)
+    some_steps(monkeypatch, speed=gate.speed, verdict=verdict)
+    first = dry(tmp_path)
+    assert not first.run()
+    assert first.state["steps"]["speed"]["status"] == "partial"
+    assert first.state["steps"]["verdict"]["status"] == "not begun, the time was up"
+    assert len(timed) == 2
+    with pytest.raises(KeyboardInterrupt):  # stopped by hand: the third row is kept
+        dry(tmp_path).run()
+    kept = json.loads((tmp_path / "gate.json").read_text())["steps"]["speed"]
+    assert kept["status"] == "partial"
+    assert sum("milliseconds" in row for row in kept["result"]) == 3
+    assert len(pd.read_csv(tmp_path / "speed.csv")) == len(kept["result"])
+    last = dry(tmp_path)
+    assert last.run()
+    assert len(timed) == len(set(timed)) + 1  # the row that was stopped
+    assert not any(row.get("failed") == gate.UP for row in last.result("speed"))
+    assert judged == [len(last.result("speed"))]
+    assert dry(tmp_path).run()
+    assert len(judged) == 1
+
+
+def test_speed_that_goes_on_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"provider": "ours", "failed": gate.UP}
+    some_steps(monkeypatch, speed=lambda of: [row], verdict=lambda of: [{"figure": "any", **of.result("speed")[0]}])
+    assert not dry(tmp_path).run()
+    row = {"provider": "ours", "milliseconds": 2.0}
+    again = dry(tmp_path)
+    assert again.run()
+    assert again.result("verdict") == [{"figure": "any", **row}]
+
+
+def test_a_missed_error_budget_fails_and_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"of": "dx", "within_budget": True}, {"of": "dw", "within_budget": False}]
+    some_steps(monkeypatch, errors=lambda of: lines)
+    missed = dry(tmp_path)
+    assert not missed.run()
+    assert missed.state["steps"]["errors"]["status"] == "failed"
+    assert pd.read_csv(tmp_path / "errors.csv")["within_budget"].tolist() == [True, False]
+
+
+def test_tests_of_the_gate_that_take_too_long_leave_what_they_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = subprocess.run, []
+
+    def slow(call: list[str], timeout: float, **options: Any) -> object:
+        asked.append(timeout)
+        return real(["sh", "-c", "echo 300 passed so far; exec sleep 60"], timeout=1.0, **options)
+
+    monkeypatch.setattr(gate.subprocess, "run", slow)
+    some_steps(monkeypatch, tests=gate.tests, errors=lambda of: [{"within_budget": True}])
+    long = dry(tmp_path)
+    assert not long.run()
+    assert long.state["steps"]["tests"]["status"] == "partial"
+    assert long.state["steps"]["errors"]["status"] == "done"
+    assert "300 passed so far" in (tmp_path / "tests.txt").read_text()
+    assert asked == [0.4 * 600]
+
+
+def breaks(of: gate.Gate) -> None:
+    of.keep("speed", [{"provider": "ours", "milliseconds": 1.0}])
+    os._exit(7)
+
+
+def test_a_step_that_ends_its_process_fails_alone_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Context:
+        Process = multiprocessing.get_context("fork").Process
+
+    # Forked, so that the process has the steps of this test; ttsem would change torch in it.
+    monkeypatch.setattr(gate.multiprocessing, "get_context", lambda kind: Context)
+    monkeypatch.setattr(gate, "only", lambda out, dry, minutes, name: gate.Gate(out, dry, minutes).step(name))
+    some_steps(monkeypatch, speed=breaks, verdict=lambda of: [{"figure": "any"}])
+    broken = gate.Gate(tmp_path, dry=True, minutes=10.0, say=lambda line: None, apart=True)
+    assert not broken.run()
+    assert broken.state["steps"]["speed"]["status"] == "failed"
+    assert "ended with 7" in broken.state["steps"]["speed"]["error"]
+    assert broken.result("speed") == [{"provider": "ours", "milliseconds": 1.0}]
+    assert broken.state["steps"]["verdict"]["status"] == "done"
