@@ -20,6 +20,8 @@ from tritonmargin.kernels.torch_ops import Running
 
 N, D, K = 1024, 512, 4096
 KEEPING = "keeping logits"
+HEAVIEST = f"online, bias, statistics, {KEEPING}"
+HINGE_GRADIENT = "gradient of hinge and bias"
 
 
 def epilogues(x: torch.Tensor, rows: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -53,13 +55,13 @@ def epilogues(x: torch.Tensor, rows: torch.Tensor) -> dict[str, Callable[[], obj
         "online, bias": reduce(False, online(), with_bias=True),
         "online, statistics": reduce(False, online(hardest=True)),
         f"online, {KEEPING}": reduce(False, online(), keep=True),
-        f"online, bias, statistics, {KEEPING}": reduce(False, online(hardest=True), with_bias=True, keep=True),
+        HEAVIEST: reduce(False, online(hardest=True), with_bias=True, keep=True),
         "hinge, bias": reduce(False, Running(threshold=number, hinge=slots(), violations=slots()), with_bias=True),
         "gradient of exp": weigh("exp"),
         "gradient of softmax": weigh("softmax"),
         "gradient of softmax and bias": weigh("softmax", with_bias=True),
         "gradient of softmax and bias, kept logits": weigh("softmax", with_bias=True, kept=True),
-        "gradient of hinge and bias": weigh("hinge", with_bias=True),
+        HINGE_GRADIENT: weigh("hinge", with_bias=True),
     }
 
 

@@ -107,8 +107,37 @@ def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
     assert "sm_90 prepare_rows: bfloat16, D = 64" in rules.loc["no register spills anywhere", "where not"]
     assert rules.loc[kernels.OVERLAP, "met"] == "NO"
     assert rules.loc["dL/dz at most 2 bytes per logit through main memory", "met"] == "NO"
-    limited = audited.assign(target="sm_100", bound_by="shared")
-    assert kernels.budgets(limited, fine).set_index("budget").loc[kernels.MATRIX_LARGEST, "met"] == "no, a known limit"
+
+
+KNOWN = "no, a known limit"
+
+
+@once
+@pytest.mark.parametrize(("bound", "met"), [("shared", KNOWN), ("latency", "NO")])
+def test_only_shared_memory_may_bound_sm_100(audited: pd.DataFrame, bound: str, met: str) -> None:
+    none = pd.DataFrame(columns=["target", "dtype", "epilogue", "spills", "overlapped"])
+    rules = kernels.budgets(audited.assign(target="sm_100", bound_by=bound), none).set_index("budget")
+    assert rules.loc[kernels.MATRIX_LARGEST, "met"] == met
+
+
+@once
+@pytest.mark.parametrize(
+    ("target", "epilogue", "spills", "met"),
+    [
+        ("sm_90", epilogues.HEAVIEST, tune.TOLERATED, (KNOWN, KNOWN)),
+        ("sm_90", epilogues.HEAVIEST, tune.TOLERATED + 8, ("NO", KNOWN)),
+        ("sm_90", epilogues.HINGE_GRADIENT, 0, ("yes", KNOWN)),
+        ("sm_90", "sum of exp, keeping logits", 8, ("NO", KNOWN)),
+        ("sm_90", "sum of exp", 900, ("NO", "NO")),
+        ("sm_100", epilogues.HEAVIEST, 8, ("NO", "NO")),
+    ],
+)
+def test_only_what_is_known_of_an_epilogue_is_excused(
+    audited: pd.DataFrame, target: str, epilogue: str, spills: int, met: tuple[str, str]
+) -> None:
+    line = {"target": target, "dtype": "bfloat16", "epilogue": epilogue, "spills": spills, "overlapped": False}
+    rules = kernels.budgets(audited, pd.DataFrame([line])).set_index("budget")
+    assert tuple(rules.loc[[kernels.NO_SPILL, kernels.OVERLAPPED], "met"]) == met
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
