@@ -62,6 +62,14 @@ def rows_of_w_by_number(ops: ModuleType) -> None:
     assert prepared(ops, lines(w), ids).rows.equal(w[ids].float())
 
 
+def columns_of_w(ops: ModuleType) -> None:
+    """W stored column by column: rows of three numbers that are far apart."""
+    w = small(1)[:, :3].contiguous()
+    far = lines(w.t()).t()  # lines of the transpose
+    out = torch.full((N, 3), 77.0, device=DEVICE)
+    assert prepared(ops, far, out=out).rows.equal(w.float())
+
+
 def rows_that_are_stored(ops: ModuleType) -> None:
     w = small(1)
     assert prepared(ops, w.float(), out=lines(empty(torch.int8))).rows.equal(w)
@@ -199,6 +207,7 @@ OFFSETS: dict[Callable[[ModuleType], None], tuple[str, str]] = {
     rows_of_w_by_number: (
         "tl.load(ids + row, mask=inside, other=0)\n", "tl.load(ids + row, mask=inside, other=0).to(tl.int32)\n",
     ),
+    columns_of_w: ("d[None, :].to(tl.int64) * stride_column", "d[None, :] * stride_column"),
     rows_that_are_stored: ("out = row[:, None] * stride_rows", "out = row[:, None].to(tl.int32) * stride_rows"),
     samples: ("x + sample[:, None].to(tl.int64) *", "x + sample[:, None] *"),
     rows_of_a_chunk: ("rows + row[:, None].to(tl.int64) *", "rows + row[:, None] *"),
