@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,11 +151,27 @@ print(len(found), found[0].spills)
 """
 
 
-def compiling(folder: str) -> subprocess.Popen[str]:
+# What a kernel's folder that belongs to another user does; the superuser, who may run the tests, may write it.
+FORBIDDEN = """
+import errno, os
+real = os.makedirs
+def makedirs(path, *args, **options):
+    if os.path.dirname(path) == FOLDER:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+    return real(path, *args, **options)
+os.makedirs = makedirs
+"""
+
+
+def compiling(folder: str, before: str = "") -> subprocess.Popen[str]:
     environment = os.environ | {"TRITON_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
-        [sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", before + COMPILE],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -176,3 +194,47 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path: Path)
     assert out.split() == ["1", "0"]
     assert "cannot be written" in err
     assert "TRITON_CACHE_DIR" in err
+
+
+@cpu_only
+def test_a_kernels_folder_in_the_cache_that_cannot_be_written_is_said_and_done_without(tmp_path: Path) -> None:
+    folder = str(tmp_path / "cache")
+    process = compiling(folder, f"FOLDER = {folder!r}\n{FORBIDDEN}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.split()[-1] == "0"
+    assert err.count("cannot be written (Permission denied)") == 1
+    assert folder in err
+
+
+@cpu_only
+@pytest.mark.parametrize(("place", "retried"), [("cache", True), ("elsewhere", False)])
+def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
+    place: str, retried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    from tritonmargin.kernels import triton_ops
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tried: list[str] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[[], None]:
+            return self.launch
+
+        def launch(self) -> None:
+            tried.append(triton.knobs.cache.dir)
+            try:
+                raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / place / "key"))
+            except OSError as error:
+                if len(tried) == 1:
+                    raise RuntimeError("what Triton may make of it") from error
+                raise
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(kernels.KernelError):
+            triton_ops.call(Kernel(), 1)
+    assert len(said) == len(tried) - 1 == int(retried)
+    assert len(set(tried)) == len(tried)

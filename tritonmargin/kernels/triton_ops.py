@@ -18,6 +18,7 @@ Rows are counted in 64 bits: C D and N K pass 2^31. The sizes that change from s
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import warnings
@@ -55,12 +56,30 @@ def writable_cache() -> None:
         with tempfile.TemporaryFile(dir=folder):
             return
     except OSError as error:
-        triton.knobs.cache.dir = tempfile.mkdtemp(prefix="tritonmargin-")
-        warnings.warn(
-            f"tritonmargin: Triton's cache {folder} cannot be written ({error.strerror}); kernels are compiled again "
-            "in every process. Set TRITON_CACHE_DIR to a folder that can.",
-            stacklevel=2,
-        )
+        private_cache(error)
+
+
+def private_cache(error: OSError) -> None:
+    folder = triton.knobs.cache.dir
+    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="tritonmargin-")
+    warnings.warn(
+        f"tritonmargin: Triton's cache {error.filename or folder} cannot be written ({error.strerror}); kernels are "
+        "compiled again in every process. Set TRITON_CACHE_DIR to a folder that can.",
+        stacklevel=3,
+    )
+
+
+def unwritable(error: BaseException | None) -> OSError | None:
+    """What of the error says that a place in Triton's cache cannot be written, if anything does."""
+    while error is not None:
+        if (
+            isinstance(error, OSError)
+            and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            and str(error.filename).startswith(triton.knobs.cache.dir)
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 writable_cache()
@@ -69,7 +88,15 @@ writable_cache()
 def call(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Launch; whatever keeps a kernel from being compiled or launched is a `KernelError`."""
     try:
-        kernel[(programs,)](*args, **options)
+        try:
+            kernel[(programs,)](*args, **options)
+        except Exception as error:
+            # In a cache that can be written, a kernel's own folder may still belong to somebody else.
+            forbidden = unwritable(error)
+            if forbidden is None:
+                raise
+            private_cache(forbidden)
+            kernel[(programs,)](*args, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
