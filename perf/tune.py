@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from perf import static
+from perf.clock import synchronise
 from perf.compiled import DTYPES, Compiled, compiling_for, itemsize, multiplying
 from perf.gpus import GPUS, Gpu
-from perf.rows import Row, measured
+from perf.rows import UP, Row, measured
 from tritonmargin.kernels import tiles, triton_ops
 from tritonmargin.kernels.tiles import Tiles
 from tritonmargin.kernels.torch_ops import Running
@@ -34,7 +35,8 @@ KINDS = ("bfloat16", "tf32", "float32")  # of products; float16 has the tiles of
 def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
     """Tiles worth compiling: those whose sums fit the registers or the tensor memory."""
     wide, matrix = itemsize(dtype) == 4, dtype != "float32"
-    hopper = gpu.target in ("sm_90", "sm_100")
+    family = tiles.family(gpu.target)  # sm_103 has what sm_100 has
+    hopper = family in ("sm_90", "sm_100")
     blocks_c = (64, 128) if wide else (64, 128, 256)
     for block_n, block_c, block_d, warps, stages in itertools.product(
         (64, 128), blocks_c, (16, 32) if wide else (32, 64), (4, 8), (2, 3, 4)
@@ -48,18 +50,26 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         free = Tiles(block_n, block_c, block_d, warps, stages, hopper and matrix, int(hopper), 0, False)
         yield free
         # Only Blackwell's accumulators, in tensor memory, can be handed from warp to warp.
-        if gpu.target == "sm_100" and matrix:
+        if family == "sm_100" and matrix:
             yield free._replace(specialised=True)
 
 
-def launches(x: torch.Tensor, rows: torch.Tensor) -> None:
-    """The bounded logsumexp, and its gradient."""
+def both_passes(x: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
+    """The bounded logsumexp, and its gradient, into buffers that are there: to be timed."""
     n, k = len(x), len(rows)
     target = torch.zeros(n, dtype=torch.int64, device=x.device)
     tile = triton_ops.new_tile(x, k, x.dtype)
     run = Running(total=torch.zeros(triton_ops.slots(x, k), n, device=x.device))
-    triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)
-    triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
+
+    def launch() -> None:
+        triton_ops.reduce_chunk(rows, x, None, target, 0, True, tile, tile, False, run)
+        triton_ops.weigh_chunk(rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None)
+
+    return launch
+
+
+def launches(x: torch.Tensor, rows: torch.Tensor) -> None:
+    both_passes(x, rows)()
 
 
 def heaviest(x: torch.Tensor, rows: torch.Tensor) -> None:
@@ -142,16 +152,22 @@ def search(gpu: Gpu, dtype: str, say: Callable[[str], Any] = print) -> pd.DataFr
 
 
 def settled(frame: pd.DataFrame, gpu: Gpu, dtype: str) -> pd.DataFrame:
-    """The best first that spills at no width, nor more than a few registers in its heaviest epilogue."""
+    """The best first that spills at no width, nor more than a few registers in its heaviest epilogue.
+
+    With the blocks that a processor holds of it, and its limit of registers.
+    """
     for place, line in frame[frame["usable"]].iterrows():
         tile = Tiles(*(type(example)(line[name]) for name, example in EXAMPLE._asdict().items()))
+        found = compile_with(tile, gpu, dtype)
         elsewhere = [
             sum(each.spills for each in compile_with(tile, gpu, dtype, what, d))
             for d, what in ((64, launches), (64, heaviest), (D, heaviest))
         ]
         frame.loc[place, "spilled_bytes_elsewhere"] = sum(elsewhere)
-        if elsewhere[0] == 0 and max(elsewhere) <= TOLERATED:
-            frame.loc[place, "registers"] = registers_for(tile, gpu, dtype, int(line["blocks"]))
+        if sum(each.spills for each in found) + elsewhere[0] == 0 and max(elsewhere) <= TOLERATED:
+            resident = min(static.blocks(each, gpu) for each in found)
+            frame.loc[place, "blocks"] = resident
+            frame.loc[place, "registers"] = registers_for(tile, gpu, dtype, resident)
             return pd.concat([frame.loc[[place]], frame.drop(index=place)], ignore_index=True)
         frame.loc[place, "usable"] = False
     return frame
@@ -201,33 +217,44 @@ def write(entries: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
 def measure(
     dtype: str,
     say: Callable[[str], Any] = print,
+    device: str = "cuda",
     repeats: int = 20,
     left: Callable[[], float] = lambda: math.inf,
     found: list[Row] | None = None,
     keep: Callable[[list[Row]], Any] = lambda rows: None,
 ) -> pd.DataFrame:
-    """The candidates on this machine's GPU, by the time of both passes; `left`, `found`, `keep`: see `measured`."""
+    """The candidates on this machine's GPU, by the time of both passes; `left`, `found`, `keep`: see `measured`.
+
+    The fastest first that passes the checks of the predicted ones. Where the time was up nothing is checked.
+    """
     import triton.testing
 
-    target = tiles.gpu(torch.cuda.current_device()).target
+    target = tiles.gpu(0).target
     like = GPUS.get(tiles.family(target), GPUS["sm_80"])
     gpu = like._replace(target=target)
-    x, rows = (torch.randn(size, D, device="cuda").to(DTYPES[dtype]) for size in (N, K))
+    x, rows = (torch.randn(size, D, device=device).to(DTYPES[dtype]) for size in (N, K))
 
     def time(line: Row) -> Row:
         tile = Tiles(*(line[name] for name in Tiles._fields))
         say(f"{target} {dtype} {tile}")
-        torch.cuda.synchronize()  # raises where a candidate broke the GPU's context: the next is not blamed for it
+        synchronise(device)  # raises where a candidate broke the GPU's context: the next is not blamed for it
         try:
             with multiplying(dtype), using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
-                taken = triton.testing.do_bench(lambda: launches(x, rows), rep=repeats, return_mode="median")
+                taken = triton.testing.do_bench(both_passes(x, rows), rep=repeats, return_mode="median")
         except Exception as error:  # out of resources, for one
             return {"failed": type(error).__name__}
         return {"microseconds": 1e3 * taken}
 
-    asked = [{"target": target, "dtype": dtype, **tile._asdict(), "blocks": 2} for tile in candidates(gpu, dtype)]
-    frame = pd.DataFrame(measured(asked, found, time, left, keep))
-    return frame.sort_values("microseconds", ignore_index=True) if "microseconds" in frame else frame
+    asked = [{"target": target, "dtype": dtype, **tile._asdict()} for tile in candidates(gpu, dtype)]
+    lines = measured(asked, found, time, left, keep)
+    frame = pd.DataFrame(lines)
+    if "microseconds" not in frame:
+        return frame
+    frame = frame.sort_values("microseconds", ignore_index=True)
+    if any(line.get("failed") == UP for line in lines):
+        return frame
+    frame["usable"] = frame["microseconds"].notna()
+    return settled(frame, gpu, dtype)
 
 
 def tune(targets: list[str], dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFrame:
@@ -247,6 +274,6 @@ def tune_here(dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFr
     for dtype in dtypes:
         frame = measure(dtype, say)
         frames.append(frame)
-        if "microseconds" in frame:
+        if "usable" in frame and frame.iloc[0]["usable"]:
             write({f"{tiles.family(frame.iloc[0]['target'])} {dtype}": entry(frame.iloc[0], "measured")})
     return pd.concat(frames, ignore_index=True)

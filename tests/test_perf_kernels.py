@@ -23,7 +23,7 @@ import pandas as pd  # noqa: E402
 
 import tritonmargin as tm  # noqa: E402
 from perf import epilogues, gate, kernels, tune  # noqa: E402
-from perf.compiled import compiling_for  # noqa: E402
+from perf.compiled import Compiled, compiling_for  # noqa: E402
 from perf.gpus import GPUS  # noqa: E402
 from tritonmargin.kernels import tiles  # noqa: E402
 
@@ -186,6 +186,36 @@ def test_tune_writes_what_pick_tiles_reads(tmp_path: Path, monkeypatch: pytest.M
     picked = tiles.pick_tiles("sm_80", torch.bfloat16, 1000, 512, 4096, 108)
     assert picked.block_c == frame.iloc[0]["block_c"]
     assert "no spill" in written["sm_80 bfloat16"]["evidence"]
+
+
+def test_the_fastest_measured_is_checked_as_the_predicted_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that says the time each call is given; on a GPU of sm_103, of which nothing is published here."""
+    some = [tile for tile in tune.candidates(GPUS["sm_100"], "bfloat16") if tile.block_d == 64 and tile.specialised]
+    spilling, good, slow = some[0], some[-1], some[-2]
+    times, compiled = iter((1.0, 2.0, 3.0)), tune.compile_with
+
+    def spills(tile: tiles.Tiles, *args: Any) -> list[Compiled]:
+        return [each._replace(spills=64 * (tile == spilling)) for each in compiled(tile, *args)]
+
+    monkeypatch.setattr(tune, "compile_with", spills)
+    monkeypatch.setattr(tune, "candidates", lambda gpu, dtype: iter((spilling, good, slow)))
+    monkeypatch.setattr(tiles, "gpu", lambda index: tiles.Device("sm_103", 148, 126 << 20))
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: next(times))
+    frame = tune.measure("bfloat16", lambda line: None, device="cpu")
+    assert frame["microseconds"].tolist() == [2000.0, 1000.0, 3000.0]
+    assert frame["usable"].tolist() == [True, False, True]
+    written = tune.entry(frame.iloc[0], "measured")
+    assert {name: written[name] for name in ("block_n", "block_c", "warps")} == {
+        name: getattr(good, name) for name in ("block_n", "block_c", "warps")
+    }
+    assert frame.iloc[0]["blocks"] >= 1
+
+
+def test_a_gpu_has_the_candidates_of_its_family() -> None:
+    for target in ("sm_90", "sm_100"):
+        like = GPUS[target]
+        newer = like._replace(target=target[:-1] + "3")
+        assert [*tune.candidates(newer, "bfloat16")] == [*tune.candidates(like, "bfloat16")]
 
 
 def test_every_line_of_the_table_of_tiles_has_its_evidence() -> None:
