@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CACHE_SHARE = 0.6  # of the GPU's last-level cache, for a chunk's tile, rows and gradient rows
+CACHE_SHARE = 0.7  # of the GPU's last-level cache, for a chunk's tile, rows and gradient rows
 
 
 class Tiles(NamedTuple):
@@ -67,8 +67,12 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int) -> int:
 
     As many as keep the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, inside
     `CACHE_SHARE` of the cache, so that dL/dz never goes to main memory; rounded down to whole waves of tiles (every
-    processor has the same number of them), and never below one wave: a chunk costs about five launches. float32's
-    waves are of its own tile, also where it is multiplied as TF32: backward may see another setting than forward.
+    processor has the same number of them), and never below one wave. float32's waves are of its own tile, also where it
+    is multiplied as TF32: backward may see another setting than forward.
+
+    A chunk costs about five launches, each some tens of microseconds of the CPU: on a fast GPU small chunks that are
+    launched one by one wait for it. A CUDA graph of the step has no such limit, and a larger `chunk_bytes` fewer
+    launches.
     """
     tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
     across = max(1, (n + tile.block_n - 1) // tile.block_n)
