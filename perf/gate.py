@@ -102,7 +102,7 @@ class Gate:
                 steps.setdefault(name, {"status": f"not begun, {UP}"})
                 continue
             self.say(f"gate: {name}")
-            if name in ("rate", "speed") and "verdict" in steps:
+            if name in ("rate", "speed") and steps.get("verdict", {}).get("status") == "done":
                 steps["verdict"]["status"] = "partial"  # it is judged again by what is measured now
             if self.apart and name in APART:
                 self.step_apart(name)

@@ -237,7 +237,7 @@ def test_chunks_stay_inside_the_cache_and_are_whole_waves() -> None:
 
 def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Every step, in a process of its own; at most eight files; done steps are not done again."""
-    call = [sys.executable, "-m", "perf", "gate", "--dry-run", "--out", str(tmp_path)]
+    call = [sys.executable, "-m", "perf", "gate", "--dry-run", "--minutes", "30", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     times = []
     for _ in range(2):
