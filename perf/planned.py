@@ -28,6 +28,11 @@ class Option(NamedTuple):
         return self.memory.peak <= room
 
     @property
+    def numbers(self) -> tuple[object, ...]:
+        """What the trained numbers depend on: dtypes and rate. The gradient's form changes cost alone."""
+        return self.head.state_item, self.head.weight_item, self.head.rate
+
+    @property
     def form(self) -> str:
         """The setting without its rate."""
         head = self.head
@@ -49,7 +54,10 @@ class Plan(NamedTuple):
 
     @property
     def recommended(self) -> Option | None:
-        return next((each for each in self.options if each.fits(self.room)), None)
+        """Of what fits with the numbers of the first that does, the fastest; of equally fast ones the smallest."""
+        fitting = [each for each in self.options if each.fits(self.room)]
+        alike = [each for each in fitting if each.numbers == fitting[0].numbers]
+        return min(alike, key=lambda each: (each.step.total, each.memory.peak), default=None)
 
 
 def option(head: Head, node: Node) -> Option:

@@ -31,7 +31,7 @@ def table() -> pd.DataFrame:
                 fits = each.fits(made.room)
                 lines.append({
                     "classes": classes, "rate": rate, "setting": each.form, "predicted_gb": each.memory.peak / 1e9,
-                    "fits": "first" if each is made.recommended else "yes" if fits else "NO",
+                    "fits": "recommended" if each is made.recommended else "yes" if fits else "NO",
                     "predicted_ms": 1e3 * each.step.total,
                     "predicted_samples_per_s": RANKS * BATCH / each.step.total if fits else None,
                     "bound_by": each.step.bound, "published_gb": used and used / 1e3, "published_samples_per_s": speed,
@@ -59,7 +59,8 @@ if it leaves {gb(RESERVED)} GB of the {gb(node.capacity)} GB.
 
 {shown.to_markdown(index=False, floatfmt=".3g")}
 
-"first" marks the first setting that fits, in the order in which this command lists them all:
+"recommended" marks the fastest of the settings that fit, with the dtypes and the rate of the first that does. This command
+lists them all:
 `python -m perf plan --classes 29e6 --dim {DIM} --batch {BATCH} --gpus {RANKS} --gpu {GPU}`.
 What it leaves is all that a backbone can have. Bound by the launches: {BATCH * RANKS} samples are few for so many
 chunks, and the kernels' own time is below it. Not counted: the drawing of samples, and the waits for the device in it.

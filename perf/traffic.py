@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from perf.scale import Head, gradient_bytes
 
+SETTINGS = 8  # int64 that a rank tells the others before each step, see parallel.Shard.batch
 RULE_PASSES = {"sgd": 3, "momentum": 8, "adamw": 22}  # matrices in float32 that a rule's operations read and write
 
 
@@ -27,7 +28,7 @@ def collectives(head: Head, numbers: int = 2) -> list[Collective]:
         return []
     per_sample, embeddings = 4 * head.samples, 4 * head.samples * head.dim
     return [
-        Collective("all_gather", "number of samples", 8 * head.ranks),
+        Collective("all_gather", "number of samples and settings", 8 * SETTINGS * head.ranks),
         Collective("all_gather", "embeddings", embeddings),
         Collective("all_gather", "norms of embeddings", per_sample),
         Collective("all_gather", "labels", 8 * head.samples),

@@ -404,6 +404,31 @@ def test_all_ranks_hear_of_a_damaged_file(pool, tmp_path):
     assert len(set(pool(damaged, tmp_path))) == 1
 
 
+def of_the_first_rank(rank, folder):
+    """A BatchNorm's buffers differ between ranks; what is kept is all of one rank."""
+    state = {f"buffer {number}": torch.full((1 + number,), float(rank)) for number in range(8)}
+    save(folder, {"net": state}, 1)
+    loaded = {"net": {name: torch.full_like(buffer, -1.0) for name, buffer in state.items()}}
+    load(folder, loaded)
+    return [float(buffer.unique()) for buffer in loaded["net"].values()]
+
+
+def test_what_ranks_have_alike_is_that_of_the_first(pool, tmp_path):
+    assert pool(of_the_first_rank, tmp_path) == [[0.0] * 8] * WORLD
+
+
+def of_other_shapes(rank, folder):
+    """As a torch optimizer's state of a sharded head is: it could not be loaded again."""
+    save(folder, {"fine": torch.ones(3)}, 1)
+    with pytest.raises(CheckpointError, match=r"rank 1: 'momentum' is \(4, 2\) torch.float32 here and \(3, 2\)"):
+        save(folder, {"momentum": torch.ones(3 + rank, 2)}, 2)
+    return load(folder, {"fine": torch.zeros(3)})
+
+
+def test_ranks_that_hold_other_shapes_are_refused_when_they_save(pool, tmp_path):
+    assert pool(of_other_shapes, tmp_path) == [1] * WORLD
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -394,6 +395,28 @@ def test_where_looking_waits_for_the_device_the_first_step_is_looked_at(monkeypa
     head(x, target).backward()
     optimiser.step()
     (head(x, target) * 65536.0).backward()
+    optimiser.step()
+    resumed = RowSGD(head.parameters(), lr=0.1)
+    resumed.load_state_dict(optimiser.state_dict())
+    head.update_in_backward(resumed)
+    with pytest.raises(RuntimeError, match="GradScaler"):  # its first, though not its state's
+        (head(x, target) * 65536.0).backward()
+
+
+@cpu_only
+@pytest.mark.parametrize("optimizer", ["momentum", "decay", "adamw", "plain", "sparse", "told to move all"])
+def test_a_dense_gradient_of_a_sampled_head_is_said_to_move_all_rows(optimizer: str) -> None:
+    head = tm.MarginSoftmaxLoss(5, 40, sample_rate=0.2, sparse_grad=optimizer == "sparse")
+    made_of = {"decay": dict(weight_decay=0.1), "plain": {}}.get(optimizer, dict(momentum=0.9))
+    made_of = made_of | (dict(unsampled="decay") if optimizer == "told to move all" else {})
+    rows = RowAdamW(head.parameters()) if optimizer == "adamw" else RowSGD(head.parameters(), lr=0.1, **made_of)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            head(made(3, 5).float(), torch.tensor([1, 2, 3])).backward()
+            rows.step()
+    found = [str(each.message) for each in said if "sparse_grad=True" in str(each.message)]
+    assert len(found) == (optimizer in ("momentum", "decay", "adamw"))
 
 
 @cpu_only

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import time
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -14,8 +16,12 @@ import torch.distributed as dist
 from cases import cpu_only, labels, made
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import tritonmargin as tm
+from tritonmargin import checks, parallel
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
 from tritonmargin.parallel import Shard, all_sums, shard_range
@@ -419,6 +425,115 @@ def other_groups(of_a_group: bool) -> str:
     return ""
 
 
+def test_14_what_a_rank_waited_for_itself_is_no_news_and_a_lost_store_holds_nobody_up() -> None:
+    on_ranks(2, nothing_to_hear)
+
+
+def nothing_to_hear() -> None:
+    """Both gave up on a group and go on with a head of their own."""
+    parallel.leave_word([0, 1])
+    dist.barrier()
+    head = tm.MarginSoftmaxLoss(D, 10)
+    head(torch.randn(2, D), torch.tensor([1, 2]))
+    assert head.lookout.next < math.inf
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not dist.get_rank():
+        os.remove(store.path)
+    dist.barrier()
+    head.lookout.next = -math.inf
+    begin = time.monotonic()
+    head(torch.randn(2, D), torch.tensor([1, 2]))
+    assert time.monotonic() < begin + 5.0, "the store was waited for"
+    assert head.lookout.next == math.inf
+
+
+def test_14_a_label_that_is_no_class_is_an_error_on_all_ranks_where_nobody_looks() -> None:
+    on_ranks(2, labels_of_a_gpu)
+
+
+def labels_of_a_gpu() -> None:
+    """Labels are not looked at on a GPU; what ranks tell each other is waited for there anyway."""
+    with unittest.mock.patch.object(checks, "looks_at_values", return_value=False):
+        head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+        x = made(2, D).float()
+        for wrong in (10, -1, 4000):
+            target = torch.tensor([1, wrong if dist.get_rank() else -100])
+            with pytest.raises(RuntimeError, match=r"rank 1 .* has a target that is none of the 10 classes"):
+                head(x, target)
+        assert head(x, torch.tensor([1, -100])).isfinite()
+
+
+def test_14_a_head_inside_of_ddp_is_refused() -> None:
+    on_ranks(2, head_in_ddp)
+
+
+class Whole(torch.nn.Module):
+    """Backbone and head in one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.backbone, self.head = torch.nn.Linear(D, D), tm.MarginSoftmaxLoss(D, 10, **options)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        loss = self.head(self.backbone(x), target)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def head_in_ddp() -> None:
+    x, target = torch.randn(2, D), torch.tensor([1, 2])
+    sharded = Whole(process_group=dist.group.WORLD)
+    updated = Whole()
+    updated.head.update_in_backward(tm.optim.RowSGD([updated.head.weight], lr=0.1))
+    for model in (sharded, updated):
+        with pytest.raises(RuntimeError, match="the head is inside DistributedDataParallel"):
+            DistributedDataParallel(model)(x, target)
+    DistributedDataParallel(Whole())(x, target).backward()  # a head that is a module like any other may be
+    apart = Whole(process_group=dist.group.WORLD)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(apart, ["head.weight"])
+    DistributedDataParallel(apart)(x, target).backward()
+
+
+def test_14_a_skipped_step_with_fsdp_and_accumulation_is_the_same_as_on_one_process() -> None:
+    on_ranks(2, skipped_with_fsdp)
+
+
+def skipped_with_fsdp() -> None:
+    """FSDP's parameters stay gathered where backward does not come: `reshard()` after a loss that is skipped."""
+
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.ReLU(), torch.nn.Linear(8, D))
+
+    options: dict[str, Any] = dict(margin=tm.NormFace(s=4.0), on_nonfinite="skip")
+    backbone, alone = fully_shard(net(), mesh=init_device_mesh("cpu", (2,))), net()
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, **options)
+    full = tm.MarginSoftmaxLoss(D, 10, **options)
+    full.load_state_dict({"weight": head.state_dict()["weight"].full_tensor()})
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (backbone, alone)]
+    for step in range(6):
+        xs = [made(2, D, seed=10 * step + rank).float() for rank in range(2)]
+        if step % 2:
+            xs[1][0, 0] = torch.nan
+        else:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+        target = torch.tensor([1, 9])
+        loss = head(backbone(xs[dist.get_rank()]), target)
+        loss.backward()
+        if not loss.isfinite():
+            backbone.reshard()
+        full(alone(torch.cat(xs)), target.repeat(2)).backward()
+        if step % 2:
+            for optimizer in optimizers:
+                optimizer.step()
+    for ours, other in zip(backbone.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.full_tensor(), other, rtol=1e-5, atol=1e-6)
+
+
 def test_statistics_are_of_a_sample_on_every_rank_if_on_one() -> None:
     assert on_ranks(2, sampled_statistics) == [True, True]
 
@@ -443,11 +558,13 @@ def bystander() -> None:
         head(leaf, torch.tensor([1, 2, 3])).backward()
         assert leaf.grad.abs().sum() > 0
     fresh = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, device="meta")
+    assert fresh.state_dict()["weight"].to_local().is_meta
     fresh.to_empty(device="cpu")
     fresh.reset_parameters()
     for each in (head, fresh, copy.deepcopy(head)):
         state = tm.optim.RowSGD(each.parameters(), lr=0.1, momentum=0.9).state_dict()["state"][0]
         assert state["momentum_buffer"].shape == (10, D), "not a tensor of all classes"
+        assert not each.state_dict()["weight"].to_local().is_meta
 
 
 def test_14_nan_on_one_rank_is_seen_by_all() -> None:

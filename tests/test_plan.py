@@ -156,14 +156,14 @@ def test_a_hundred_million_classes_on_64_gpus() -> None:
     assert done.exit_code == 0, done.output
     for part in ("predicted", "all_gather", "reduce_scatter", "bound by", "recommended on 64 x H100"):
         assert part in done.output
-    assert "recommended on 64 x H100 SXM, 78 GB of each for the head: dense gradient" in done.output
+    assert "recommended on 64 x H100 SXM, 78 GB of each for the head: update in backward" in done.output
 
 
 @pytest.mark.usefixtures("costed")
 @pytest.mark.parametrize(
     ("megabytes", "setting"),
     [
-        ("11000", "dense gradient, float32 state, float32 weights"),
+        ("11000", "update in backward, float32 state, float32 weights"),
         ("7200", "update in backward, float32 state, float32 weights"),
         ("5600", "update in backward, bfloat16 state, float32 weights"),
         ("4000", "update in backward, bfloat16 state, bfloat16 weights, rounded by chance, sample rate 1;"),

@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from tritonmargin.agree import CheckpointError, Ranks, describe, in_background
 from tritonmargin.centers import export_centers, import_insightface
@@ -113,8 +114,8 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
     """The checkpoint of prepared leaves, on all ranks."""
     unfinished = path.with_name(path.name + PARTIAL)
 
-    def prepare() -> list[str]:
-        names = list(prepared.result()) if ranks.rank == 0 else []
+    def prepare() -> dict[str, str]:
+        names = described(prepared.result()) if ranks.rank == 0 else {}
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             clear(path.parent)
@@ -127,13 +128,23 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
             raise CheckpointError(
                 f"state has {min(different)!r} here or on rank 0 only: names must be the same on all ranks"
             )
+        for name, words in described(prepared.result()).items():
+            if words != names[name]:
+                raise CheckpointError(
+                    f"{name!r} is {words} here and {names[name]} on rank 0: one of them would be kept. What differs "
+                    "between ranks has to be a DTensor, as the state of tm.optim's optimizers is"
+                )
 
     def write_leaves() -> None:
         with no_warning():
             dcp.save(
                 prepared.result(),
                 storage_writer=Writer(unfinished, per_thread_copy_ahead=0),  # no CUDA streams in the background
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                # What every rank has is that of the first, as DistributedDataParallel has it: a BatchNorm's buffers
+                # differ, and must not be of one rank here and of another one there.
+                planner=dcp.DefaultSavePlanner(
+                    flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+                ),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
             )
@@ -169,6 +180,12 @@ class Writer(dcp.FileSystemWriter):
         except Exception as error:
             before = "" if error.__context__ is None else f" (after {describe(error.__context__)})"
             raise CheckpointError(f"{describe(error)}{before}") from error
+
+
+def described(leaves: dict[str, Any]) -> dict[str, str]:
+    """What has to be the same on all ranks of a leaf that only one of them writes."""
+    plain = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor)}
+    return dict.fromkeys(leaves, "") | {name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in plain.items()}
 
 
 def writer_of(name: str, ranks: Ranks) -> int:

@@ -162,6 +162,13 @@ def looks_at_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("TRITONMARGIN_DEBUG", "0") not in ("", "0")
 
 
+def outside(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """Whether some label is no class, on the device; None where `positions` looks."""
+    if looks_at_values(target.device):
+        return None
+    return ((target != ignore_index) & ((target < 0) | (target >= num_classes))).any()
+
+
 @torch.library.custom_op("tritonmargin::positions", mutates_args=())
 def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
     """Each target's position in the walk, int64, -1 where it is ignored. An op, so that a compiled step checks too.

@@ -166,7 +166,8 @@ def loss_of(
         batch = None
         if shard is not None:
             sampling = {"class_ids": ids is not None, "a sample of the classes": isinstance(class_ids, Sampler)}
-            batch = shard.batch(x, statistics=return_stats, **sampling)
+            outside = checks.outside(target, num_classes, ignore_index)
+            batch = shard.batch(x, outside, statistics=return_stats, **sampling)
             x = scale_gradient(x, shard.world_size) if shard.gradient_for == "ddp" else x
         x, norm = scaled_rows(x, margin)
         if batch is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tritonmargin.checks import check_class_vector, check_name, check_options, check_sampling
 from tritonmargin.functional import Stats, loss_of
@@ -58,7 +59,8 @@ class MarginSoftmaxLoss(nn.Module):
             the gradient of the loss.
         on_nonfinite: what to do when the loss is nan or inf, on all ranks alike: "raise" FloatingPointError, or
             "skip": return it such that backward leaves all gradients as they are, of `weight` and of the backbone.
-            Both wait for the device. None: nothing.
+            Both wait for the device. None: nothing. With FSDP call `backbone.reshard()` after a loss that is not
+            finite: its parameters stay gathered where backward does not come, and a later update is not seen by them.
         class_weight: [C], multiplies the loss of the class's samples.
         ignore_index, label_smoothing, reduction, objective: see `tm.margin_cross_entropy`.
         seed: of the class sampling.
@@ -152,7 +154,8 @@ class MarginSoftmaxLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def mark_rows(self) -> None:
-        """Say on the parameters which classes their rows are: a row optimizer's state is of the same ones."""
+        """Say on the parameters which classes their rows are and whether a step walks them all: optimizers ask."""
+        self.weight.sampled = self.sample_rate < 1.0  # type: ignore[attr-defined]
         for parameter in (self.weight, self.bias):
             if parameter is not None and self.shard is not None:
                 parameter.shard = self.shard  # type: ignore[attr-defined]
@@ -168,6 +171,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "lookout" not in state:
+            self.lookout = Lookout(None if self.shard is None else self.shard.group)
         self.mark_rows()
 
     def forward(
@@ -179,6 +184,8 @@ class MarginSoftmaxLoss(nn.Module):
             this rank, with the targets of all ranks' samples that are among them.
         """
         self.lookout.look()
+        if self.shard is not None or self._updater is not None:
+            refuse_ddp(self.weight)
         ids: Tensor | Sampler | None = class_ids
         if class_ids is None and self.sampler is not None and self.training:
             first = 0 if self.shard is None else self.shard.start
@@ -309,6 +316,22 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None:
             changed.append(f"classes {self.shard.start} to {self.shard.stop} of rank {self.shard.rank}")
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])
+
+
+def refuse_ddp(weight: nn.Parameter) -> None:
+    """RuntimeError inside of a DistributedDataParallel that takes the rows for its own."""
+    if torch.compiler.is_compiling() or not dist.is_available():
+        return
+    around = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+    if around is None:
+        return
+    ignored = getattr(around, "parameters_to_ignore", ())
+    if any(parameter is weight and name not in ignored for name, parameter in around.module.named_parameters()):
+        raise RuntimeError(
+            "tritonmargin: the head is inside DistributedDataParallel, which gives all ranks the first one's rows and "
+            "averages gradients: a head with a process_group, or with update_in_backward, stays outside. Wrap the "
+            "backbone alone"
+        )
 
 
 def words_of(margin: Margin) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -91,6 +92,14 @@ class RowOptimizer(torch.optim.Optimizer):
         ids = None
         if grad.is_sparse:
             ids, grad = rows_of(grad)
+        elif getattr(weight, "sampled", False) and update.unsampled == "frozen" and moves_all(update):
+            warnings.warn(
+                "tritonmargin: the gradient of a sampled head's weight is dense, so rows that were not sampled "
+                "move too, by momentum or decay, in spite of unsampled='frozen'. Ask the head for sparse_grad=True or "
+                "use head.update_in_backward(optimizer)",
+                stacklevel=3,
+            )
+            weight.sampled = False  # type: ignore[attr-defined]  # said once
         for rows in self.chunks(weight, len(grad)):
             # A copy: an optimiser leaves gradients as they are.
             part = grad[rows].to(accumulate(weight.dtype), copy=True)
@@ -199,13 +208,15 @@ class RowOptimizer(torch.optim.Optimizer):
     def refuse_scaled(self, weight: Tensor, grad: Tensor) -> None:
         """For the gradient that a loss receives in backward, before it moves rows.
 
-        Its value is looked at on the CPU always, on other devices before the optimizer's first step and with
-        TRITONMARGIN_DEBUG=1, because looking means waiting for it.
+        Its value is looked at on the CPU always, on other devices before this optimizer's first update of the weight
+        and with TRITONMARGIN_DEBUG=1, because looking means waiting for it.
 
         Raises:
             RuntimeError: it is as large as a GradScaler's scale. The rows' update could not be unscaled.
         """
-        first = int(self.state_of(weight)["step"]) == 0
+        # Of this object, not of its state: one that goes on from a checkpoint may have got a GradScaler meanwhile.
+        seen: set[int] = self.__dict__.setdefault("_looked_at", set())
+        first = id(weight) not in seen
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not grad.numel() or capturing or not (first or looks_at_values(grad.device)):
             return
@@ -217,6 +228,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 "bfloat16 does not need, or use the optimizer without update_in_backward, with sparse_grad=True. A "
                 "factor that is meant belongs into the learning rate."
             )
+        seen.add(id(weight))
 
     def begin_in_backward(self, weight: Tensor) -> RowUpdate:
         """`begin`, for a loss that updates rows while it finishes their gradient (`head.update_in_backward`)."""
@@ -250,6 +262,11 @@ class RowOptimizer(torch.optim.Optimizer):
             if any(param is weight for param in group["params"]):
                 return group
         raise ValueError("update_in_backward: the optimizer has no such parameter; make it from head.parameters()")
+
+
+def moves_all(update: RowUpdate) -> bool:
+    """Whether a row whose gradient is 0 moves: by what the state holds, or by decay."""
+    return bool(update.state) or update.numbers[2 if update.rule == "sgd" else 4] != 0.0
 
 
 class RowSGD(RowOptimizer):

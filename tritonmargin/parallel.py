@@ -16,7 +16,9 @@ all_reduce of padded, equal shapes, as NCCL asks.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,29 +70,33 @@ def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) ->
                 raise ValueError(f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0")
 
 
-# In the store through which the ranks found each other: for whom this rank waited in vain, and of which group.
+# In the store through which the ranks found each other: who waited in vain for a rank, and in which group.
 WORD = "tritonmargin/waited_for/"
+# The groups in which this rank waited in vain itself: their errors are no news to it.
+WAITED: set[tuple[int, ...]] = set()
 
 
 def leave_word(members: list[int]) -> None:
     """Tell ranks that made a head of another group, or of none, and so did not wait as this one did: see `Lookout`."""
     own = dist.get_rank()
+    WAITED.add(tuple(members))
     with contextlib.suppress(RuntimeError):  # whoever kept the store is gone
         for rank in members:
             if rank != own:
-                dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", f"rank {own} waited for {members}")
+                dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", json.dumps([own, members]))
 
 
 class Lookout:
     """Whether another rank gave up on this one, because their heads are of different groups.
 
     A rank alone in its group has no one to ask when it makes its head: others may make theirs much later or never. So
-    it looks for what they left while it trains, once a second at most; that takes a question to the store.
+    it looks for what they left while it trains, once a second at most, and not any more once the store fails or is
+    slow: a store that is gone must not hold up who does not need it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.looked = -math.inf
+        self.next = -math.inf
 
     def look(self) -> None:
         """Raises RuntimeError, once, if so."""
@@ -98,23 +104,40 @@ class Lookout:
             return
         if self.group is not None and dist.get_world_size(self.group) == dist.get_world_size():
             return  # all ranks are in it, and agreed
-        if time.monotonic() < self.looked + 1.0:
+        begin = time.monotonic()
+        if begin < self.next:
             return
-        self.looked = time.monotonic()
-        key, store = f"{WORD}{dist.get_rank()}", dist.distributed_c10d._get_default_store()
-        word = ""
-        with contextlib.suppress(RuntimeError):
-            if store.check([key]):
-                word = store.get(key).decode()
-                store.delete_key(key)
+        word = asked(f"{WORD}{dist.get_rank()}")
+        self.next = math.inf if word is None or time.monotonic() > begin + 1.0 else begin + 1.0
         if word:
-            own = "none" if self.group is None else f"the ranks {dist.get_process_group_ranks(self.group)}"
-            raise RuntimeError(
-                f"process_group: {word} to make a head of one group with it; this rank's head is of {own}"
-            )
+            rank, members = json.loads(word)
+            if tuple(members) not in WAITED:
+                own = "none" if self.group is None else f"the ranks {dist.get_process_group_ranks(self.group)}"
+                raise RuntimeError(
+                    f"process_group: rank {rank} waited for {members} to make a head of one group with it; this rank's "
+                    f"head is of {own}"
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lookout:
         return Lookout(self.group)  # a process group cannot be copied
+
+
+def asked(key: str) -> str | None:
+    """What the store has under a key, which it then has no more; "" for nothing, None for a store that is gone."""
+    store = dist.distributed_c10d._get_default_store()
+    under = store
+    while isinstance(under, dist.PrefixStore):
+        under = under.underlying_store
+    if isinstance(under, dist.FileStore) and not os.path.exists(under.path):  # type: ignore[attr-defined]
+        return None  # it would be waited for
+    try:
+        if not store.check([key]):
+            return ""
+        word = store.get(key).decode()
+        store.delete_key(key)
+        return word
+    except RuntimeError:
+        return None
 
 
 class Shard:
@@ -135,28 +158,35 @@ class Shard:
         self.num_classes = num_classes
         self.start, self.stop = shard_range(num_classes, self.rank, self.world_size)
         self.gradient_for = gradient_for
+        self._meshes: dict[str, DeviceMesh] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a process group cannot be copied, and a copy of a head is in the same one
 
     # -- samples of all ranks ------------------------------------------------------------------------------------
 
-    def batch(self, x: Tensor, **alike: bool) -> Batch:
+    def batch(self, x: Tensor, outside: Tensor | None, **alike: bool) -> Batch:
         """How many samples each rank has. Waits for the device: sizes of tensors follow from it.
 
-        x: what will be gathered. alike: what all ranks must have alike, or their collectives would not match.
+        x: what will be gathered. outside: whether some label is no class, if nobody has looked yet. alike: what all
+        ranks must have alike, or their collectives would not match.
 
         Raises:
-            RuntimeError: on every rank, when they differ, or one of them had an error.
+            RuntimeError: on every rank, when they differ, or one of them had an error or a label that is no class.
         """
         alike = {"float64 numbers": x.dtype == torch.float64, "gradients": torch.is_grad_enabled(), **alike}
-        everyone = self.exchange(len(x), x.requires_grad, settings=alike.values(), device=x.device)
-        for rank, (count, _, *settings) in enumerate(everyone):
+        everyone = self.exchange(len(x), x.requires_grad, outside=outside, settings=alike.values(), device=x.device)
+        for rank, (count, _, wrong, *settings) in enumerate(everyone):
             if count < 0:
                 raise RuntimeError(
                     f"tritonmargin: rank {rank} of the process group had an error before the loss, see there"
                 )
-            for name, value, first in zip(alike, settings, everyone[0][2:], strict=True):
+            if wrong:
+                raise RuntimeError(
+                    f"tritonmargin: rank {rank} of the process group has a target that is none of the "
+                    f"{self.num_classes} classes"
+                )
+            for name, value, first in zip(alike, settings, everyone[0][3:], strict=True):
                 if value != first:
                     ranks = (
                         f"rank {rank} {'does' if value else 'does not'} and rank 0 {'does' if first else 'does not'}"
@@ -171,16 +201,23 @@ class Shard:
 
     def agree(self, error: Exception | None, device: torch.device) -> None:
         """Raise on every rank if one of them has an error."""
-        failed = [bool(other) for (other,) in self.exchange(error is not None, device=device)]
+        failed = [bool(other) for other, _ in self.exchange(error is not None, device=device)]
         if error is not None:
             raise error
         if any(failed):
             raise RuntimeError(f"tritonmargin: rank {failed.index(True)} of the process group had an error, see there")
 
     def exchange(
-        self, count: int, *needed: bool, settings: Iterable[bool] = (), device: torch.device
+        self,
+        count: int,
+        *needed: bool,
+        outside: Tensor | None = None,
+        settings: Iterable[bool] = (),
+        device: torch.device,
     ) -> list[list[int]]:
-        own = torch.tensor([count, *needed, *settings], dtype=torch.int64, device=device)
+        own = torch.tensor([count, *needed, False, *settings], dtype=torch.int64, device=device)
+        if outside is not None:
+            own[1 + len(needed)] = outside  # on the device: the exchange waits for it anyway
         out = own.new_empty(self.world_size * len(own))
         all_gather(out, own, group=self.group)
         rows: list[list[int]] = out.view(self.world_size, -1).tolist()
@@ -228,9 +265,9 @@ class Shard:
     # -- parameters ----------------------------------------------------------------------------------------------
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        if not hasattr(self, "_mesh"):
-            self._mesh = DeviceMesh.from_group(self.group, device.type)
-        return self._mesh
+        if device.type not in self._meshes:
+            self._meshes[device.type] = DeviceMesh.from_group(self.group, device.type)
+        return self._meshes[device.type]
 
     def as_dtensor(self, own: Tensor) -> DTensor:
         """The rank's rows as a part of the tensor [C, ...] of all classes; shares their memory."""
