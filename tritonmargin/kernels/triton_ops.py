@@ -349,7 +349,7 @@ def weigh_chunk(
         slots = triton.cdiv(n, tiles_for(x, k).block_n)
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
-    limited = kind == "softmax"
+    limited = kind == "softmax" or x.dtype == torch.float32
     launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None, limited)
     return tile, None if by_class is None else by_class.sum(dim=0)
 
