@@ -129,26 +129,27 @@ def search(gpu: Gpu, dtype: str, say: Callable[[str], Any] = print) -> pd.DataFr
         except Exception as error:  # what does not compile is no candidate; the table says so
             lines.append(line | {"failed": type(error).__name__})
             continue
-        bounds = [static.tile_bound(each, gpu, dtype, 0.0) for each in found]
-        line |= {
-            "registers_used": max(each.registers for each in found),
-            "spills": sum(each.spills for each in found),
-            "shared": max(each.shared for each in found),
-            "blocks": min(bound.blocks for bound in bounds),
-            **{
-                name: sum(getattr(bound, name) for bound in bounds)
-                for name in ("matrix", "exp", "issue", "shared", "latency")
-            },
-            "shared_bytes": max(each.shared for each in found),
-            "cycles_per_logit": sum(bound.cycles for bound in bounds) / (tile.block_n * tile.block_c),
-        }
-        lines.append(line)
+        lines.append(line | figures(tile, found, gpu, dtype))
     frame = pd.DataFrame(lines)
     if "cycles_per_logit" not in frame:
         return frame
     frame["usable"] = (frame["spills"] == 0) & (frame["blocks"] >= 1)
     frame["overlapped"] = frame["specialised"] | (frame["blocks"] >= 2)
     return settled(ranked(frame), gpu, dtype)
+
+
+def figures(tile: Tiles, found: list[Compiled], gpu: Gpu, dtype: str) -> dict[str, Any]:
+    """What both passes take, from their code."""
+    bounds = [static.tile_bound(each, gpu, dtype, 0.0) for each in found]
+    terms = ("matrix", "exp", "issue", "shared", "latency")
+    return {
+        "registers_used": max(each.registers for each in found),
+        "spills": sum(each.spills for each in found),
+        "blocks": min(bound.blocks for bound in bounds),
+        **{name: sum(getattr(bound, name) for bound in bounds) for name in terms},
+        "shared_bytes": max(each.shared for each in found),
+        "cycles_per_logit": sum(bound.cycles for bound in bounds) / (tile.block_n * tile.block_c),
+    }
 
 
 def settled(frame: pd.DataFrame, gpu: Gpu, dtype: str) -> pd.DataFrame:
@@ -166,20 +167,26 @@ def settled(frame: pd.DataFrame, gpu: Gpu, dtype: str) -> pd.DataFrame:
         frame.loc[place, "spilled_bytes_elsewhere"] = sum(elsewhere)
         if sum(each.spills for each in found) + elsewhere[0] == 0 and max(elsewhere) <= TOLERATED:
             resident = min(static.blocks(each, gpu) for each in found)
-            frame.loc[place, "blocks"] = resident
-            frame.loc[place, "registers"] = registers_for(tile, gpu, dtype, resident)
+            # A block alone may make room for a second one.
+            alone = resident == 1 and not tile.specialised
+            limit = (
+                registers_for(tile, gpu, dtype, 2, TOLERATED) if alone else registers_for(tile, gpu, dtype, resident)
+            )
+            tile = tile._replace(registers=limit)
+            values = {"registers": limit, **figures(tile, compile_with(tile, gpu, dtype), gpu, dtype)}
+            frame.loc[place, list(values)] = list(values.values())
             return pd.concat([frame.loc[[place]], frame.drop(index=place)], ignore_index=True)
         frame.loc[place, "usable"] = False
     return frame
 
 
-def registers_for(tile: Tiles, gpu: Gpu, dtype: str, resident: int) -> int:
-    """The limit that lets as many blocks in whatever the epilogue, where none spills under it; 0: no limit."""
+def registers_for(tile: Tiles, gpu: Gpu, dtype: str, resident: int, spilled: int = 0) -> int:
+    """The limit that lets as many blocks in whatever the epilogue, where none spills more bytes under it; or 0."""
     limit = gpu.registers // (resident * tile.warps * 32) // 8 * 8
     if gpu.target.startswith("gfx") or resident < 2 or limit >= 255:
         return 0
     found = compile_with(tile._replace(registers=limit), gpu, dtype, others)
-    return 0 if any(each.spills for each in found) else limit
+    return limit if all(each.spills <= spilled for each in found) else 0
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
