@@ -171,6 +171,7 @@ def test_complaint_8_one_device_without_torch_distributed() -> None:
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     lambda p: torch.optim.SparseAdam(p), lambda p: tm.optim.RowSGD(p, lr=0.1), lambda p: tm.optim.RowAdamW(p),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*gradient of a sampled head's weight is dense")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_complaint_9_adamw_and_other_optimisers(make: Any, sparse: bool) -> None:
     """Dense gradients go with any optimiser of torch, sparse ones with SGD, Adagrad, SparseAdam and our own."""
