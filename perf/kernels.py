@@ -232,6 +232,12 @@ LIMITS = (
         "sm_90: a bias, statistics and kept logits at once want more than 255 registers: a few bytes.",
     ),
     Limit(
+        "sm_90", NO_SPILL,
+        lambda line: line.dtype == "tf32" and line.epilogue.startswith("gradient") and line.spills <= tune.TOLERATED,
+        "sm_90: the gradients of TF32 products with a bias spill a few bytes under the 128 registers that let a second "
+        "block in.",
+    ),
+    Limit(
         "sm_90", OVERLAPPED,
         lambda line: line.epilogue.endswith(epilogues.KEEPING) or line.epilogue == epilogues.HINGE_GRADIENT,
         "sm_90: an epilogue that stores logits for backward wants more than the 128 registers that let a second block "

@@ -162,10 +162,10 @@ def settled(frame: pd.DataFrame, gpu: Gpu, dtype: str) -> pd.DataFrame:
         found = compile_with(tile, gpu, dtype)
         elsewhere = [
             sum(each.spills for each in compile_with(tile, gpu, dtype, what, d))
-            for d, what in ((64, launches), (64, heaviest), (D, heaviest))
+            for d, what in ((64, launches), (128, launches), (256, launches), (64, heaviest), (D, heaviest))
         ]
         frame.loc[place, "spilled_bytes_elsewhere"] = sum(elsewhere)
-        if sum(each.spills for each in found) + elsewhere[0] == 0 and max(elsewhere) <= TOLERATED:
+        if sum(each.spills for each in found) + sum(elsewhere[:3]) == 0 and max(elsewhere) <= TOLERATED:
             resident = min(static.blocks(each, gpu) for each in found)
             # A block alone may make room for a second one.
             alone = resident == 1 and not tile.specialised
