@@ -474,7 +474,12 @@ def page(state: dict[str, Any]) -> str:
 def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:
     if not dry and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --dry-run shows that the gate works")
-    return Gate(out, dry, minutes, say, apart=True).run()
+    if not dry:
+        return Gate(out, dry, minutes, say, apart=True).run()
+    from ttsem import sanitize
+
+    with sanitize.session(cc=90):  # no GPU's state could break: one process for all steps
+        return Gate(out, dry, minutes, say).run()
 
 
 def only(out: Path, dry: bool, minutes: float, name: str) -> None:

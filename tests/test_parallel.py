@@ -179,7 +179,7 @@ def drawn_by_all(c: int, rate: float, step: int, target: Tensor) -> Tensor:
 def test_13_promise_same_training_for_any_world_size(layout: str, names: tuple[str, ...]) -> None:
     """Sampled and full, mean and sum, with momentum, the update after backward and inside it: W to 1e-10."""
     world, *rest = LAYOUTS[layout]
-    on_ranks(world, twenty_steps, names, *rest)
+    on_ranks(world, twenty_steps, names, *rest, timeout=240.0)  # all margins on four ranks take two minutes
 
 
 def twenty_steps(names: tuple[str, ...], c: int, sizes: list[int]) -> None:
