@@ -27,7 +27,7 @@ from tritonmargin.kernels.torch_ops import Running
 
 TABLE = Path(tiles.__file__).with_name("tiles.json")
 N, D, K = 1024, 512, 4096  # what candidates are compared on
-TOLERATED = 32  # bytes of spills in the epilogue that returns statistics and keeps logits at once
+TOLERATED = 32  # bytes of spills in the heaviest epilogues, or where a limit of registers lets a second block in
 EXAMPLE = Tiles(128, 128, 64, 8, 3, True, 1, 0, False)
 KINDS = ("bfloat16", "tf32", "float32")  # of products; float16 has the tiles of bfloat16
 

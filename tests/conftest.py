@@ -64,6 +64,15 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         pytest.fail("says that it runs on the triton backend, and launched no kernel")
 
 
+@pytest.fixture
+def ttsem(pytestconfig: pytest.Config):
+    """What ttsem saw."""
+    state = getattr(pytestconfig, "ttsem_state", None)
+    if state is None:
+        pytest.skip("asks ttsem what it saw")
+    return state
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     state = getattr(config, "ttsem_state", None)
     if state is not None and state.launches:

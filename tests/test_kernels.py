@@ -47,13 +47,6 @@ SIZES = {
 sizes = pytest.mark.parametrize("size", SIZES)
 
 
-@pytest.fixture
-def ttsem(pytestconfig: pytest.Config) -> Any:
-    if not TTSEM:
-        pytest.skip("asks ttsem what it saw")
-    return pytestconfig.ttsem_state
-
-
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return made(*shape, seed=seed).to(dtype)
 

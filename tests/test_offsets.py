@@ -19,7 +19,7 @@ from torch import Tensor
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
-from test_kernels import broken, ttsem, with_tiles  # noqa: F401
+from test_kernels import broken, with_tiles
 
 from tritonmargin import kernels
 from tritonmargin.kernels import triton_ops
@@ -235,7 +235,7 @@ ONE_TILE = ("tl.range(tl.program_id(0), tiles, tl.num_programs(0)", "tl.range(ti
 @pytest.mark.parametrize("bits", [64, 32])
 @pytest.mark.parametrize("check", OFFSETS, ids=lambda check: check.__name__)
 def test_offsets_past_2_to_the_31(
-    check: Callable[[ModuleType], None], bits: int, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    check: Callable[[ModuleType], None], bits: int, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     from ttsem.sanitize import KernelFault
 
