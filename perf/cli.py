@@ -279,6 +279,9 @@ def tune_command(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32; default: both")] = None,
     device: Annotated[str, typer.Option(help="cuda: measure on this machine's GPU instead")] = "none",
+    measured: Annotated[
+        Path | None, typer.Option(help="a CSV of candidates measured on another machine, as the gate's search.csv")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="also write every candidate to this CSV")] = None,
 ) -> None:
     """Search the tiles of the Triton kernels, and write the best to tritonmargin/kernels/tiles.json."""
@@ -291,8 +294,12 @@ def tune_command(
     if device != "none":
         known_device(device)
     with saying() as say:
-        predicted = device == "none"
-        frame = tune.tune(target or list(GPUS), dtypes, say) if predicted else tune.tune_here(dtypes, say)
+        if measured:
+            frame = tune.tune_from(measured)
+        elif device == "none":
+            frame = tune.tune(target or list(GPUS), dtypes, say)
+        else:
+            frame = tune.tune_here(dtypes, say)
     if out:
         frame.to_csv(out, index=False)
     typer.echo(f"wrote {tune.TABLE}")

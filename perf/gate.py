@@ -7,9 +7,11 @@ step on this machine without a GPU, at tiny sizes, kernels executed by ttsem: it
 gate works.
 
     environment  versions, the GPU, clocks
-    tests        tests/test_kernels.py on this GPU, in at most 40 % of the time
+    tests        tests/test_kernels.py on this GPU, in at most 30 % of the time
     errors       loss and gradients against float64, beside plain torch in the same dtype
     rate         what cuBLAS makes of the three products of a step
+    profile      a step's kernels by the GPU's clock, and how long the CPU takes to launch them
+    chunks       the step by the size of its chunks, launched one by one and in a CUDA graph
     speed        the head's step beside the others, time and peak memory
     search       tiles by the clock
     verdict      measured over predicted, for every figure that `python -m perf audit` predicts
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import html
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -44,7 +47,7 @@ import torch.nn.functional as F
 
 import tritonmargin as tm
 from perf import kernels, static, tune
-from perf.clock import seconds
+from perf.clock import seconds, synchronise
 from perf.problem import Problem
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
@@ -53,8 +56,8 @@ from perf.rows import UP, measured
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "search", "verdict")
-APART = ("errors", "rate", "speed", "search")
-TESTS_SHARE = 0.4  # of the minutes: what is measured should have some left
+APART = ("errors", "rate", "speed", "profile", "chunks", "search")
+TESTS_SHARE = 0.3  # of the minutes: what is measured should have some left
 GRACE = 60.0  # seconds that a step may take to see that the time is up: a compilation ends by itself
 
 
@@ -211,7 +214,7 @@ def other_tests(gate: Gate) -> dict[str, Any]:
 
 def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str, most: float = math.inf) -> dict[str, Any]:
     """Their words are in the file as they come. Tests that are run again find their kernels compiled."""
-    chosen = ["-k", chosen_if_dry] if gate.dry else ["-m", "not slow"]
+    chosen = ["-k", chosen_if_dry] if gate.dry else ["-m", "not slow", *side_by_side()]
     call = [sys.executable, "-m", "pytest", *(f"tests/{name}.py" for name in files), *chosen]
     environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda", "PYTHONUNBUFFERED": "1"}
     path, code = gate.out / report, None
@@ -227,6 +230,13 @@ def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str, mos
     if code:
         raise RuntimeError(last[-1] if last else said[-500:])
     return {"failed": UP} if code is None else {"summary": last[-1]}
+
+
+def side_by_side() -> list[str]:
+    """Most of a test on a GPU is the compilation of its kernels, on one core."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup"]
 
 
 def errors(gate: Gate) -> list[dict[str, Any]]:
@@ -280,23 +290,14 @@ def rate(gate: Gate) -> dict[str, float]:
     return made
 
 
-SIZES = [(1024, 512, 100_000), (1024, 512, 1_000_000), (256, 512, 1_000_000)]
+SIZES = [(1024, 512, 1_000_000), (1024, 512, 100_000), (256, 512, 1_000_000)]
+DTYPES = {100_000: ("bfloat16", "float32")}  # of the sizes with so many classes; of others bfloat16
+GRAPH = "ours-graph"
 ROWS = {
-    "arcface": (
-        "ours",
-        "ours-torch",
-        "ours-retain",
-        "ours-in-backward",
-        "ours-sampled",
-        "plain",
-        "plain-compiled",
-        "pml",
-    ),
+    "arcface": ("ours", GRAPH, "plain", "ours-torch", "ours-retain", "ours-in-backward", "ours-sampled", "pml"),
     "softmax": ("ours", "torch-lce", "liger", "cce", "quack"),
 }
-
-
-GRAPH = "ours-graph"
+COMPILED = {"arcface": ("plain-compiled",)}  # last: it takes a minute to compile
 
 
 def speed(gate: Gate) -> list[dict[str, Any]]:
@@ -304,9 +305,10 @@ def speed(gate: Gate) -> list[dict[str, Any]]:
     sizes = [(8, 16, 200)] if gate.dry else SIZES
     asked = [
         {"provider": name, "loss": loss, "dtype": dtype, "N": n, "D": d, "C": c}
-        for n, d, c in sizes
-        for dtype in (("bfloat16", "float32") if (n, d, c) == sizes[0] else ("bfloat16",))
-        for loss, names in (*ROWS.items(), ("arcface", (GRAPH,)))
+        for rows, of in ((ROWS, sizes), (COMPILED, sizes[:1]))
+        for n, d, c in of
+        for dtype in DTYPES.get(c, ("bfloat16",))
+        for loss, names in rows.items()
         for name in names
     ]
     tensors = functools.lru_cache(1)(Problem.tensors)
@@ -331,27 +333,30 @@ def in_a_graph(p: Problem, gate: Gate) -> dict[str, Any]:
     """Our forward and backward captured once and replayed: what the GPU takes where no launch waits for the CPU."""
     if gate.dry:
         return {"failed": "a dry run has no CUDA graphs"}
-    provider = make("ours")
     try:
-        provider.prepare(p, p.tensors())
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # kernels are compiled and buffers made before they are captured
-            for _ in range(3):
-                provider.reset(STEP)
-                provider.run(STEP)
-        torch.cuda.current_stream().wait_stream(beside)
-        provider.reset(STEP)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            provider.run(STEP)
-        return {
-            "title": "tritonmargin, in a CUDA graph", "mode": STEP, "milliseconds": 1e3 * median(captured.replay, gate)
-        }  # fmt: skip
+        taken = replayed(make("ours"), p, p.tensors(), gate)
+        return {"title": "tritonmargin, in a CUDA graph", "mode": STEP, "milliseconds": 1e3 * taken}
     except Exception as error:
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def replayed(provider: Any, p: Problem, tensors: Any, gate: Gate) -> float:
+    """Seconds of its forward and backward in a graph."""
+    provider.prepare(p, tensors)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # kernels are compiled and buffers made before they are captured
+        for _ in range(3):
+            provider.reset(STEP)
+            provider.run(STEP)
+    torch.cuda.current_stream().wait_stream(beside)
+    provider.reset(STEP)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        provider.run(STEP)
+    return median(captured.replay, gate)
 
 
 def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
@@ -384,6 +389,79 @@ def median(call: Callable[[], Any], gate: Gate) -> float:
     return statistics.median(seconds(call, "cpu" if gate.dry else gate.device)[0] for _ in range(1 if gate.dry else 20))
 
 
+def profile(gate: Gate) -> list[dict[str, Any]]:
+    """Our forward and backward: every kernel with its launches and the GPU's time for it, longest first.
+
+    Two rows that are no kernel: the step by the wall clock, and what the CPU takes until all of it is launched.
+    """
+    rows: list[dict[str, Any]] = []
+    for n, d, c in [(8, 16, 200)] if gate.dry else SIZES[:1]:
+        p = Problem(n, d, c, "bfloat16", "cpu" if gate.dry else gate.device)
+        provider = make("ours")
+        provider.prepare(p, p.tensors())
+
+        def step(provider: Any = provider) -> None:
+            provider.reset(STEP)
+            provider.run(STEP)
+
+        begun = []
+        for _ in range(1 if gate.dry else 10):
+            synchronise(p.device)
+            start = time.perf_counter()
+            step()
+            launched = time.perf_counter()
+            synchronise(p.device)
+            begun.append((time.perf_counter() - start, launched - start))
+        size = {"N": n, "D": d, "C": c, "dtype": p.dtype}
+        whole, cpu = (1e6 * statistics.median(each) for each in zip(*begun, strict=True))
+        rows += [
+            size | {"what": "the step", "launches": None, "microseconds": whole},
+            size | {"what": "the CPU, until all is launched", "launches": None, "microseconds": cpu},
+        ]
+        kinds = [torch.profiler.ProfilerActivity.CPU if gate.dry else torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds) as seen:
+            step()
+            synchronise(p.device)
+        of_kernel: dict[str, list[float]] = {}
+        for event in seen.events():
+            taken = event.cpu_time if gate.dry else event.device_time
+            if taken > 0.0:
+                of_kernel.setdefault(event.name[:120], []).append(taken)
+        rows += [
+            size | {"what": name, "launches": len(times), "microseconds": sum(times)}
+            for name, times in sorted(of_kernel.items(), key=lambda item: -sum(item[1]))[:30]
+        ]
+    return rows
+
+
+CHUNKS = (0, 2_112, 4_224, 8_448, 16_896, 33_792, 67_584, 135_168)  # 0: the one that the library chooses
+
+
+def chunks(gate: Gate) -> list[dict[str, Any]]:
+    """What a chunk's size does to the step: few launches, or dL/dz that stays in the cache."""
+    asked = [
+        {"N": n, "D": d, "C": c, "dtype": dtype, "chunk": chunk}
+        for n, d, c, dtype in ([(8, 16, 200, "bfloat16")] if gate.dry else [(*SIZES[0], "bfloat16")])
+        for chunk in ((0, 64) if gate.dry else CHUNKS)
+    ]
+    tensors = functools.lru_cache(1)(Problem.tensors)
+
+    def row(line: dict[str, Any]) -> dict[str, Any]:
+        p = Problem(line["N"], line["D"], line["C"], line["dtype"], "cpu" if gate.dry else gate.device)
+        provider = make("ours")
+        provider.chosen["chunk_bytes"] = line["chunk"] * (p.n + 2 * p.d) * 4 or None  # see walk.chunk_classes
+        found = one(provider, p, tensors(p), gate)
+        kept = {name: found[name] for name in ("milliseconds", "peak_MB", "failed") if name in found}
+        if gate.dry or "failed" in kept:
+            return kept
+        try:
+            return kept | {"milliseconds_in_a_graph": 1e3 * replayed(provider, p, tensors(p), gate)}
+        except Exception as error:
+            return kept | {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+    return measured(asked, gate.result("chunks"), row, lambda: gate.left, lambda rows: gate.keep("chunks", rows))
+
+
 def search(gate: Gate) -> list[dict[str, Any]]:
     if gate.dry:  # nothing can be timed: one candidate, compiled
         tile = next(tune.candidates(tune.GPUS["sm_80"], "bfloat16"))
@@ -397,11 +475,11 @@ def search(gate: Gate) -> list[dict[str, Any]]:
 
 def verdict(gate: Gate) -> list[dict[str, Any]]:
     """Each predicted figure beside what was measured."""
-    from perf.gpus import GPUS
+    from perf.gpus import card
     from tritonmargin.kernels import tiles
 
     target = "sm_90" if gate.dry else tiles.gpu(0).target
-    gpu = GPUS.get(tiles.family(target))
+    gpu = card(target, "" if gate.dry else torch.cuda.get_device_name(0))
     if gpu is None:
         raise ValueError(f"nothing is predicted for {target}")
     found = {(row["provider"], row["N"], row["D"], row["C"], row["dtype"]): row.get("milliseconds")
@@ -436,8 +514,8 @@ def verdict(gate: Gate) -> list[dict[str, Any]]:
 
 
 STEPS: dict[str, Callable[[Gate], Any]] = {
-    "environment": environment, "tests": tests, "errors": errors, "rate": rate, "speed": speed, "search": search,
-    "verdict": verdict, "other_tests": other_tests,
+    "environment": environment, "tests": tests, "errors": errors, "rate": rate, "profile": profile,
+    "chunks": chunks, "speed": speed, "search": search, "verdict": verdict, "other_tests": other_tests,
 }  # fmt: skip
 
 

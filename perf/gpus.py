@@ -54,6 +54,14 @@ GPUS = {
     )
 }  # fmt: skip
 
+# The same processors with other memory (NVIDIA H200 datasheet, 2024).
+H200 = GPUS["sm_90"]._replace(name="H200 SXM", memory=4.8e12)
+
+
+def card(target: str, name: str) -> Gpu | None:
+    """The numbers of a GPU by what it is compiled for and what its driver calls it."""
+    return H200 if "H200" in name else GPUS.get(target)
+
 
 class Node(NamedTuple):
     """A GPU among others: its memory, and its way to them. Bytes, and bytes per second in one direction."""
@@ -80,6 +88,7 @@ class Node(NamedTuple):
 NODES = {
     "a100": Node(GPUS["sm_80"], 80e9, 300e9, 25e9),
     "h100": Node(GPUS["sm_90"], 80e9, 450e9, 50e9),
+    "h200": Node(H200, 141e9, 450e9, 50e9),
     "b200": Node(GPUS["sm_100"], 180e9, 900e9, 50e9),
     "mi300x": Node(GPUS["gfx942"], 192e9, 448e9, 50e9),
 }

@@ -11,7 +11,7 @@ import functools
 from typing import NamedTuple
 
 from perf import kernels
-from perf.gpus import GPUS, Node
+from perf.gpus import Gpu, Node
 from perf.scale import Head
 from perf.traffic import collectives, optimizer_bytes
 from tritonmargin.kernels.tiles import Device, default_chunk
@@ -55,12 +55,12 @@ def dtype_of(head: Head) -> str:
 
 
 @functools.cache
-def parts(target: str, dtype: str, n: int, d: int, c: int) -> dict[str, float]:
-    return kernels.step_parts(GPUS[target], dtype, n, d, c)
+def parts(gpu: Gpu, dtype: str, n: int, d: int, c: int) -> dict[str, float]:
+    return kernels.step_parts(gpu, dtype, n, d, c)
 
 
 def step(head: Head, node: Node) -> Step:
-    of = parts(node.gpu.target, dtype_of(head), head.samples, head.dim, head.walked)
+    of = parts(node.gpu, dtype_of(head), head.samples, head.dim, head.walked)
     tiles = of["reduce_chunk"] + of["weigh_chunk"] + of["products"]
     finish = of[FINISH[head.optimizer]] if head.gradient == "backward" else of["finish_rows"]
     moved = collectives(head)

@@ -2,6 +2,7 @@
 
 python -m perf tune                      compile, rank, write tritonmargin/kernels/tiles.json
 python -m perf tune --device cuda        measure on this machine's GPU instead, for its target only
+python -m perf tune --measured FILE      write what was measured elsewhere, as `python -m perf gate` leaves it
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from perf import static
 from perf.clock import synchronise
@@ -52,6 +57,19 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         # Only Blackwell's accumulators, in tensor memory, can be handed from warp to warp.
         if family == "sm_100" and matrix:
             yield free._replace(specialised=True)
+
+
+def measurable(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
+    """What is compiled and timed: plain loads too, whose addresses only the clock can judge."""
+    for tile in candidates(gpu, dtype):
+        yield tile._replace(programs=2 if tile.programs else 0)
+        if tile.descriptors and not tile.specialised:
+            yield tile._replace(descriptors=False, programs=0)
+
+
+def regrouped(some: list[Row]) -> list[Row]:
+    """The same code in other grids: of one program per tile, and of 1 and 3 to a processor."""
+    return [row | {"programs": programs} for row in some if row["descriptors"] for programs in (0, 1, 3)]
 
 
 def both_passes(x: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
@@ -203,15 +221,16 @@ def entry(best: pd.Series, how: str) -> dict[str, Any]:
     names = ("block_n", "block_c", "block_d", "warps", "stages", "registers")
     kept = {name: int(best[name]) for name in names}
     kept |= {name: bool(best[name]) for name in ("descriptors", "specialised")}
-    kept["programs_per_processor"] = int(best["blocks"]) if best["programs"] else 0
     if how == "predicted":
+        kept["programs_per_processor"] = int(best["blocks"]) if best["programs"] else 0
         evidence = (
             f"predicted, N={N} D={D}: {int(best['registers_used'])} registers, no spill, {int(best['blocks'])} blocks "
             f"a processor; cycles of both passes: matrix {best['matrix']:.0f}, exp {best['exp']:.0f}, issue "
             f"{best['issue']:.0f}, shared {best['shared']:.0f}; {best['cycles_per_logit']:.3f} cycles per logit"
         )
     else:
-        evidence = f"measured, N={N} D={D} K={K}: {best['microseconds']:.1f} us for both passes of a chunk"
+        kept["programs_per_processor"] = int(best["programs"])
+        evidence = f"measured, N={N} D={D} K={int(best['K'])}: {best['microseconds']:.1f} us for both passes of a chunk"
     return kept | {"evidence": evidence}
 
 
@@ -225,43 +244,85 @@ def measure(
     dtype: str,
     say: Callable[[str], Any] = print,
     device: str = "cuda",
-    repeats: int = 20,
+    repeats: int = 5,
     left: Callable[[], float] = lambda: math.inf,
     found: list[Row] | None = None,
     keep: Callable[[list[Row]], Any] = lambda rows: None,
 ) -> pd.DataFrame:
-    """The candidates on this machine's GPU, by the time of both passes; `left`, `found`, `keep`: see `measured`.
+    """The candidates on this machine's GPU, the fastest first; `left`, `found`, `keep`: see `measured`.
 
-    The fastest first that passes the checks of the predicted ones. Where the time was up nothing is checked.
+    By the time of both passes in a CUDA graph, where no launch waits for the CPU, over as many classes as give every
+    processor four of the most usual tiles.
     """
     import triton.testing
 
-    target = tiles.gpu(0).target
-    like = GPUS.get(tiles.family(target), GPUS["sm_80"])
-    gpu = like._replace(target=target)
-    x, rows = (torch.randn(size, D, device=device).to(DTYPES[dtype]) for size in (N, K))
+    here = tiles.gpu(0)
+    gpu = like(here.target)
+    k = 64 * here.processors
+    ahead(gpu, dtype, k, say)
+    x, rows = operands(k, dtype, device)
 
     def time(line: Row) -> Row:
         tile = Tiles(*(line[name] for name in Tiles._fields))
-        say(f"{target} {dtype} {tile}")
+        say(f"{gpu.target} {dtype} {tile}")
         synchronise(device)  # raises where a candidate broke the GPU's context: the next is not blamed for it
         try:
-            with multiplying(dtype), using(tile._replace(programs=2 * gpu.processors if tile.programs else 0)):
-                taken = triton.testing.do_bench(both_passes(x, rows), rep=repeats, return_mode="median")
+            with multiplying(dtype), using(here_of(tile, here.processors)):
+                taken = triton.testing.do_bench_cudagraph(both_passes(x, rows), rep=repeats, return_mode="median")
         except Exception as error:  # out of resources, for one
             return {"failed": type(error).__name__}
-        return {"microseconds": 1e3 * taken}
+        return {"microseconds": 1e3 * taken, "K": k, "processors": here.processors}
 
-    asked = [{"target": target, "dtype": dtype, **tile._asdict()} for tile in candidates(gpu, dtype)]
-    lines = measured(asked, found, time, left, keep)
-    frame = pd.DataFrame(lines)
+    asked: list[Row] = [{"target": gpu.target, "dtype": dtype, **tile._asdict()} for tile in measurable(gpu, dtype)]
+    rows = measured(asked, found, time, left, keep)
+    timed = sorted((row for row in rows if "microseconds" in row), key=lambda row: row["microseconds"])
+    if len(rows) == sum(row.get("failed") != UP for row in rows):
+        asked += regrouped([{name: row[name] for name in asked[0]} for row in timed[:8]])
+        rows = measured(asked, [*rows, *(found or [])], time, left, keep)
+    frame = pd.DataFrame(rows)
+    return frame.sort_values("microseconds", ignore_index=True) if "microseconds" in frame else frame
+
+
+def like(target: str) -> Gpu:
+    """The numbers of the GPU whose tiles the target uses."""
+    return GPUS.get(tiles.family(target), GPUS["sm_80"])._replace(target=target)
+
+
+def here_of(tile: Tiles, processors: int) -> Tiles:
+    return tile._replace(programs=tile.programs * processors)
+
+
+def operands(k: int, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, D] and rows [k, D] of unit length: logits inside the range of exp."""
+    x, rows = (F.normalize(torch.randn(size, D, device=device)).to(DTYPES[dtype]) for size in (N, k))
+    return x, rows
+
+
+def ahead(gpu: Gpu, dtype: str, k: int, say: Callable[[str], Any]) -> None:
+    """Compile every candidate into Triton's cache, on all cores: one after another they take minutes."""
+    found = list(measurable(gpu, dtype))
+    workers = min(12, os.cpu_count() or 1, len(found))
+    say(f"{gpu.target} {dtype}: {len(found)} candidates are compiled by {workers} processes")
+    arguments = [(found[place::workers], dtype, k) for place in range(workers)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(compile_here, arguments)
+
+
+def compile_here(some: list[Tiles], dtype: str, k: int, device: str = "cuda") -> None:
+    x, rows = operands(k, dtype, device)
+    for tile in some:
+        # What fails will fail again where it is measured, and the table says so.
+        with suppress(Exception), multiplying(dtype), using(here_of(tile, tiles.gpu(0).processors)):
+            both_passes(x, rows)()
+            synchronise(device)
+
+
+def chosen(frame: pd.DataFrame) -> pd.DataFrame:
+    """Measured candidates of one target and dtype, the fastest first that passes the checks of the predicted ones."""
     if "microseconds" not in frame:
         return frame
-    frame = frame.sort_values("microseconds", ignore_index=True)
-    if any(line.get("failed") == UP for line in lines):
-        return frame
-    frame["usable"] = frame["microseconds"].notna()
-    return settled(frame, gpu, dtype)
+    frame = frame.assign(usable=frame["microseconds"].notna()).sort_values("microseconds", ignore_index=True)
+    return settled(frame, like(frame.iloc[0]["target"]), frame.iloc[0]["dtype"])
 
 
 def tune(targets: list[str], dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFrame:
@@ -277,10 +338,19 @@ def tune(targets: list[str], dtypes: list[str], say: Callable[[str], Any] = prin
 
 def tune_here(dtypes: list[str], say: Callable[[str], Any] = print) -> pd.DataFrame:
     """Search by the clock, for this machine's GPU, and write its lines to the table."""
-    frames = []
-    for dtype in dtypes:
-        frame = measure(dtype, say)
-        frames.append(frame)
-        if "usable" in frame and frame.iloc[0]["usable"]:
-            write({f"{tiles.family(frame.iloc[0]['target'])} {dtype}": entry(frame.iloc[0], "measured")})
+    return written([measure(dtype, say) for dtype in dtypes])
+
+
+def tune_from(path: Path) -> pd.DataFrame:
+    """What was measured elsewhere (`--out`, or the gate's search.csv), checked here and written to the table."""
+    rows = pd.read_csv(path)
+    return written([frame for _, frame in rows.groupby("dtype", sort=False)])
+
+
+def written(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    frames = [chosen(frame) for frame in frames]
+    for frame in frames:
+        best = frame.iloc[0]
+        if best.get("usable", False):
+            write({f"{tiles.family(best['target'])} {best['dtype']}": entry(best, "measured")})
     return pd.concat(frames, ignore_index=True)

@@ -188,22 +188,29 @@ def test_tune_writes_what_pick_tiles_reads(tmp_path: Path, monkeypatch: pytest.M
     assert "no spill" in written["sm_80 bfloat16"]["evidence"]
 
 
-def test_the_fastest_measured_is_checked_as_the_predicted_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_measured_is_checked_as_the_predicted_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that says the time each call is given; on a GPU of sm_103, of which nothing is published here."""
     some = [tile for tile in tune.candidates(GPUS["sm_100"], "bfloat16") if tile.block_d == 64 and tile.specialised]
     spilling, good, slow = some[0], some[-1], some[-2]
-    times, compiled = iter((1.0, 2.0, 3.0)), tune.compile_with
+    times, compiled = iter((1.0, 2.0, 3.0, *[4.0] * 9)), tune.compile_with
 
     def spills(tile: tiles.Tiles, *args: Any) -> list[Compiled]:
-        return [each._replace(spills=64 * (tile == spilling)) for each in compiled(tile, *args)]
+        same = tile._replace(programs=1) == spilling
+        return [each._replace(spills=64 * same) for each in compiled(tile, *args)]
 
     monkeypatch.setattr(tune, "compile_with", spills)
     monkeypatch.setattr(tune, "candidates", lambda gpu, dtype: iter((spilling, good, slow)))
     monkeypatch.setattr(tiles, "gpu", lambda index: tiles.Device("sm_103", 148, 126 << 20))
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: next(times))
-    frame = tune.measure("bfloat16", lambda line: None, device="cpu")
-    assert frame["microseconds"].tolist() == [2000.0, 1000.0, 3000.0]
-    assert frame["usable"].tolist() == [True, False, True]
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda call, **options: next(times))
+    monkeypatch.setattr(tune, "ahead", lambda *_: None)
+    path = tmp_path / "search.csv"
+    tune.measure("bfloat16", lambda line: None, device="cpu").to_csv(path, index=False)
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "tiles.json")
+    monkeypatch.setattr(tune, "write", lambda entries: None)
+    frame = tune.tune_from(path)  # on a machine without that GPU
+    assert frame["microseconds"].tolist()[:4] == [2000.0, 1000.0, 3000.0, 4000.0]
+    assert frame["usable"].tolist()[:3] == [True, False, True]
+    assert sorted(frame["programs"]) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     written = tune.entry(frame.iloc[0], "measured")
     assert {name: written[name] for name in ("block_n", "block_c", "warps")} == {
         name: getattr(good, name) for name in ("block_n", "block_c", "warps")
