@@ -252,13 +252,13 @@ def measure(
     """The candidates on this machine's GPU, the fastest first; `left`, `found`, `keep`: see `measured`.
 
     By the time of both passes in a CUDA graph, where no launch waits for the CPU, over as many classes as give every
-    processor four of the most usual tiles.
+    processor sixteen of the most usual tiles.
     """
     import triton.testing
 
     here = tiles.gpu(0)
     gpu = like(here.target)
-    k = 64 * here.processors
+    k = 256 * here.processors
     ahead(gpu, dtype, k, say)
     x, rows = operands(k, dtype, device)
 
