@@ -277,7 +277,7 @@ def audit_command(
 @app.command("tune")
 def tune_command(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32; default: both")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or tf32; default: both")] = None,
     device: Annotated[str, typer.Option(help="cuda: measure on this machine's GPU instead")] = "none",
     measured: Annotated[
         Path | None, typer.Option(help="a CSV of candidates measured on another machine, as the gate's search.csv")

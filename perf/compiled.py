@@ -102,7 +102,7 @@ class _Elsewhere:
 
 
 @contextlib.contextmanager
-def compiling_for(target: str, processors: int = 132, cache: int = 50 << 20) -> Iterator[list[Compiled]]:
+def compiling_for(target: str, processors: int = 132, memory: int = 80_000_000_000) -> Iterator[list[Compiled]]:
     """Launches of Triton kernels compile for `target` and do not run."""
     found: list[Compiled] = []
     before, device_of, driver = JITFunction.run, triton_ops.device_of, triton.runtime.driver
@@ -114,7 +114,7 @@ def compiling_for(target: str, processors: int = 132, cache: int = 50 << 20) -> 
         return compiled
 
     JITFunction.run = compile_only
-    triton_ops.device_of = lambda tensor: Device(target, processors, cache)
+    triton_ops.device_of = lambda tensor: Device(target, processors, memory)
     driver.set_active(_Elsewhere(target))
     try:
         yield found

@@ -75,7 +75,7 @@ def table(
         for dtype in dtypes:
             say(f"epilogues: {target} {dtype}")
             x, rows = (torch.empty(size, D, dtype=DTYPES[dtype]) for size in (N, K))
-            with multiplying(dtype), compiling_for(gpu.target, gpu.processors, gpu.cache) as found:
+            with multiplying(dtype), compiling_for(gpu.target, gpu.processors, int(gpu.capacity)) as found:
                 names = list(epilogues(x, rows))
                 for launch in epilogues(x, rows).values():
                     launch()

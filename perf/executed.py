@@ -36,7 +36,7 @@ def executed(dtype: str) -> list[dict[str, Any]]:
             "kernel": name, "dtype": dtype, "N": n, "D": d, "chunk": k,
             "formula_bytes": kernels.launch_bytes(name, size, columns if name in TILED else 0),
             "tile_bytes": tile_bytes(name, size, columns, rows), "executed_bytes": count.loaded + count.stored,
-            "formula_product_flops": 2 * n * d * k if name in TILED else 0, "executed_product_flops": count.flops,
+            "formula_product_flops": 2 * n * d * k if name in TILED and not kernels.elsewhere(dtype) else 0, "executed_product_flops": count.flops,
         })  # fmt: skip
     return lines
 
@@ -51,5 +51,8 @@ def tile_counts(kernel: str, size: Size) -> tuple[int, int]:
 
 def tile_bytes(kernel: str, size: Size, columns: int, rows: int) -> int:
     """The formula, with what a tile kernel reads again: x for every column of tiles, class rows for every row."""
+    whole = kernels.launch_bytes(kernel, size, columns if kernel in TILED else 0)
+    if kernels.elsewhere(size.dtype):
+        columns = rows = 1
     again = (columns - 1) * size.n * size.d * size.itemsize + (rows - 1) * size.k * size.d * size.itemsize
-    return kernels.launch_bytes(kernel, size, columns if kernel in TILED else 0) + again
+    return whole + again

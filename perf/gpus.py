@@ -28,6 +28,7 @@ class Gpu(NamedTuple):
     threads: int  # resident threads of a processor
     cache: int  # bytes of the cache that all processors share
     memory: float  # bytes per second
+    capacity: float  # bytes of memory
 
     def matrix_rate(self, dtype: str) -> int:
         """Flops per clock and processor of `tl.dot`; "tf32": of float32 that is rounded to it."""
@@ -42,20 +43,20 @@ GPUS = {
     gpu.target: gpu
     for gpu in (
         Gpu("A100 SXM 80 GB", "sm_80", 108, 1.41e9, 2048, 1024, 128, 16, 128, 166_912, 167_936, 128, 65_536, 2048,
-            40 << 20, 2.039e12),
+            40 << 20, 2.039e12, 80e9),
         Gpu("H100 SXM", "sm_90", 132, 1.83e9, 4096, 2048, 256, 16, 128, 232_448, 233_472, 128, 65_536, 2048,
-            50 << 20, 3.35e12),
+            50 << 20, 3.35e12, 80e9),
         Gpu("B200", "sm_100", 148, 1.85e9, 8192, 4096, 256, 16, 128, 232_448, 233_472, 128, 65_536, 2048,
-            126 << 20, 8.0e12),
+            126 << 20, 8.0e12, 180e9),
         Gpu("RTX 4090", "sm_89", 128, 2.52e9, 512, 256, 256, 16, 128, 101_376, 102_400, 128, 65_536, 1536,
-            72 << 20, 1.008e12),
+            72 << 20, 1.008e12, 24e9),
         Gpu("MI300X", "gfx942", 304, 2.1e9, 2048, 1024, 256, 16, 64, 65_536, 65_536, 128, 131_072, 2048,
-            256 << 20, 5.3e12),
+            256 << 20, 5.3e12, 192e9),
     )
 }  # fmt: skip
 
 # The same processors with other memory (NVIDIA H200 datasheet, 2024).
-H200 = GPUS["sm_90"]._replace(name="H200 SXM", memory=4.8e12)
+H200 = GPUS["sm_90"]._replace(name="H200 SXM", memory=4.8e12, capacity=141e9)
 
 
 def card(target: str, name: str) -> Gpu | None:
@@ -64,10 +65,9 @@ def card(target: str, name: str) -> Gpu | None:
 
 
 class Node(NamedTuple):
-    """A GPU among others: its memory, and its way to them. Bytes, and bytes per second in one direction."""
+    """A GPU among others: its way to them, in bytes per second in one direction."""
 
     gpu: Gpu
-    capacity: float
     link: float  # to the other GPUs of its machine
     network: float  # to other machines, its own adapter
     together: int = 8  # GPUs of a machine
@@ -86,9 +86,9 @@ class Node(NamedTuple):
 # 80 GB, 8 ConnectX-6 of 200 Gb/s, 2021), DGX H100 datasheet (8 x 80 GB, 8 ConnectX-7 of 400 Gb/s, 2023), DGX B200
 # datasheet (8 x 180 GB, 8 x 400 Gb/s, 2024); AMD quotes no network, Azure's ND MI300X v5 has 8 x 400 Gb/s (2024).
 NODES = {
-    "a100": Node(GPUS["sm_80"], 80e9, 300e9, 25e9),
-    "h100": Node(GPUS["sm_90"], 80e9, 450e9, 50e9),
-    "h200": Node(H200, 141e9, 450e9, 50e9),
-    "b200": Node(GPUS["sm_100"], 180e9, 900e9, 50e9),
-    "mi300x": Node(GPUS["gfx942"], 192e9, 448e9, 50e9),
+    "a100": Node(GPUS["sm_80"], 300e9, 25e9),
+    "h100": Node(GPUS["sm_90"], 450e9, 50e9),
+    "h200": Node(H200, 450e9, 50e9),
+    "b200": Node(GPUS["sm_100"], 900e9, 50e9),
+    "mi300x": Node(GPUS["gfx942"], 448e9, 50e9),
 }

@@ -45,9 +45,14 @@ class Size(NamedTuple):
         return itemsize(self.dtype)
 
 
-def chunk_of(gpu: Gpu, dtype: str, n: int, d: int) -> int:
-    device = tiles.Device(gpu.target, gpu.processors, gpu.cache)
-    return tiles.default_chunk(device, DTYPES[dtype], n, d)
+def elsewhere(dtype: str) -> bool:
+    """Whether the library makes the products, and the tile kernels only read them."""
+    return triton_ops.by_library(DTYPES[dtype], "tf32" if dtype == "tf32" else "ieee")
+
+
+def chunk_of(gpu: Gpu, dtype: str, n: int, d: int, c: int = C) -> int:
+    device = tiles.Device(gpu.target, gpu.processors, int(gpu.capacity))
+    return max(1, min(c, tiles.default_chunk(device, DTYPES[dtype], n, d, c)))
 
 
 def launches(kind: torch.dtype, n: int, d: int, k: int) -> list[tuple[str, Callable[[], object]]]:
@@ -78,11 +83,11 @@ def launches(kind: torch.dtype, n: int, d: int, k: int) -> list[tuple[str, Calla
     ]  # fmt: skip
 
 
-def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N) -> dict[str, Compiled]:
+def compile_step(gpu: Gpu, dtype: str, d: int, n: int = N, c: int = C) -> dict[str, Compiled]:
     """Every kernel of a step as machine code; nothing is executed."""
-    k = chunk_of(gpu, dtype, n, d)
+    k = chunk_of(gpu, dtype, n, d, c)
     found: dict[str, Compiled] = {}
-    with multiplying(dtype), compiling_for(gpu.target, gpu.processors, gpu.cache) as compiled:
+    with multiplying(dtype), compiling_for(gpu.target, gpu.processors, int(gpu.capacity)) as compiled:
         for name, launch in launches(DTYPES[dtype], n, d, k):
             launch()
             found[name] = compiled[-1]
@@ -111,11 +116,12 @@ def launch_bytes(kernel: str, size: Size, slots: int) -> int:
     n, d, k, _ = size
     item = size.itemsize
     x, rows, tile, numbers = n * d * item, k * d * item, n * k * item, 4 * n
+    operands = tile if elsewhere(size.dtype) else x + rows
     finish = 3 * rows + 4 * k + n * (8 + 4 * d) + 2 * state_bytes(kernel, size)
     return {
         "prepare_rows": rows + rows + 4 * k,  # W, unit rows, 1/|w|
-        "reduce_chunk": x + rows + 8 * n + 2 * numbers * slots,  # targets, sums read and written
-        "weigh_chunk": x + rows + 8 * n + numbers + tile,
+        "reduce_chunk": operands + 8 * n + 2 * numbers * slots,  # targets, sums read and written
+        "weigh_chunk": operands + 8 * n + numbers + tile,
         "finish_rows": finish,  # A, W, dW, 1/|w|, the targets' shares
         SGD: finish + rows,  # W is read too, and written in place of dW
         ADAMW: finish + rows + 8 * k,  # and two corrections a row
@@ -123,20 +129,27 @@ def launch_bytes(kernel: str, size: Size, slots: int) -> int:
 
 
 def main_memory_bytes(kernel: str, size: Size, gpu: Gpu) -> int:
-    """What of it goes to main memory: W, dW, and the tile where the chunk is larger than the cache."""
+    """What of it goes to main memory: W and dW, and what a chunk that is larger than the cache leaves for the next.
+
+    Those are the prepared rows, dL/dz, which both products read, and A.
+    """
     n, d, k, _ = size
     item = size.itemsize
     fits = (n + 2 * d) * k * item <= gpu.cache
-    rows, tile = k * d * item, 0 if fits else n * k * item
+    rows = k * d * item
+    left, tile = (0, 0) if fits else (rows, n * k * item)
+    product = 2 * tile if elsewhere(size.dtype) else 0  # written and read
     return {
-        "prepare_rows": rows, "reduce_chunk": 0, "weigh_chunk": tile, "products": 2 * tile,
-    }.get(kernel, 2 * rows + 2 * state_bytes(kernel, size))  # fmt: skip
+        "prepare_rows": rows + left, "reduce_chunk": left + product, "weigh_chunk": left + product + tile,
+        "products": 2 * tile + 2 * left,
+    }.get(kernel, 2 * rows + left + 2 * state_bytes(kernel, size))  # fmt: skip
 
 
 def launch_flops(kernel: str, size: Size) -> int:
-    n, d, k, _ = size
+    n, d, k, dtype = size
+    product = 0 if elsewhere(dtype) else 2 * n * d * k
     return {
-        "prepare_rows": 3 * k * d, "reduce_chunk": 2 * n * d * k + 2 * n * k, "weigh_chunk": 2 * n * d * k + n * k,
+        "prepare_rows": 3 * k * d, "reduce_chunk": product + 2 * n * k, "weigh_chunk": product + n * k,
         "finish_rows": 7 * k * d + n * d, SGD: 13 * k * d + n * d, ADAMW: 23 * k * d + n * d,
     }[kernel]  # fmt: skip
 
@@ -161,15 +174,15 @@ def audit(
 
 def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any]:
     of, code = compiled.options, compiled.instructions
-    tiled = kernel in TILED
+    tiled, multiplies = kernel in TILED, kernel in TILED and not elsewhere(size.dtype)
     count = math.ceil(size.n / of["BLOCK_N"]) * math.ceil(size.k / of["BLOCK_C"]) if tiled else compiled.grid[0]
     slots = math.ceil(size.k / of["BLOCK_C"]) if tiled else 0
     moved = main_memory_bytes(kernel, size, gpu)
     found: dict[str, Any] = {
         "target": gpu.target, "dtype": size.dtype, "D": size.d, "N": size.n, "chunk": size.k, "kernel": kernel,
-        "block": "x".join(str(of[name]) for name in ("BLOCK_N", "BLOCK_C", "BLOCK_D") if name in of)
+        "block": "x".join(str(of[name]) for name in ("BLOCK_N", "BLOCK_C", "BLOCK_D")[: 3 if multiplies else 2])
         if tiled else f"{of['BLOCK_K']}x{of['BLOCK_D']}",
-        "warps": of["num_warps"], "stages": of["num_stages"] if tiled else 1, "registers": compiled.registers,
+        "warps": of["num_warps"], "stages": of["num_stages"] if multiplies else 1, "registers": compiled.registers,
         "spills": compiled.spills, "shared_memory": compiled.shared, "blocks": static.blocks(compiled, gpu),
         "matrix_instructions": sum(code.loop[kind] for kind in MATRIX),
         "matrix_kind": next((kind for kind in MATRIX if code.loop[kind] or code.rest[kind]), ""),
@@ -178,7 +191,7 @@ def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any
         "launch_bytes": launch_bytes(kernel, size, slots), "main_memory_bytes": moved,
         "launch_flops": launch_flops(kernel, size), "tiles": count,
     }  # fmt: skip
-    if not tiled:
+    if not multiplies:
         return found | {"bound_by": "memory", "predicted_us": 1e6 * row_seconds(kernel, size, gpu)}
     bound = static.tile_bound(compiled, gpu, size.dtype, moved / count)
     cycles = {f"{name}_cycles": getattr(bound, name) for name in bound._fields[:6]}
@@ -186,6 +199,13 @@ def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any
         "tile_cycles": bound.cycles, "bound_by": bound.largest, "overlapped": bound.overlapped,
         "predicted_us": 1e6 * tile_seconds(bound, count, gpu),
     }  # fmt: skip
+
+
+def products_wait(gpu: Gpu, size: Size) -> bool:
+    """Whether dX and A of a chunk take longer to move than to multiply."""
+    flops = 2 * 2.0 * size.n * size.d * size.k
+    moving = main_memory_bytes("products", size, gpu) / gpu.memory
+    return moving > flops / (static.SUSTAINED * gpu.peak(size.dtype))
 
 
 def tile_seconds(bound: static.Bound, count: int, gpu: Gpu) -> float:
@@ -261,17 +281,14 @@ def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     tiled = frame[frame["kernel"].isin(TILED)]
     low = tiled[tiled["dtype"] != "float32"]
     wide = low[low["D"] >= 256]
-    tile_bytes = (
-        frame[frame["kernel"] == "weigh_chunk"]["main_memory_bytes"]
-        * 3
-        / (frame[frame["kernel"] == "weigh_chunk"]["N"] * frame[frame["kernel"] == "weigh_chunk"]["chunk"])
-    )
+    weighing = wide[wide["kernel"] == "weigh_chunk"]
+    waits = [products_wait(GPUS[at.target], Size(at.N, at.D, at.chunk, at.dtype)) for at in weighing.itertuples()]
     rules = [
         ("no register spills anywhere", frame[(frame["spills"] > 0) | (frame["spill_instructions"] > 0)]),
         ("matrix units in every tile kernel of 16-bit operands and TF32", low[low["matrix_kind"] == ""]),
         (MATRIX_LARGEST, wide[wide["bound_by"] != "matrix"]),
         (OVERLAP, wide[~wide["overlapped"].astype(bool)]),
-        ("dL/dz at most 2 bytes per logit through main memory", frame.loc[tile_bytes[tile_bytes > 2].index]),
+        ("no product with dL/dz waits for main memory at D >= 256", weighing[waits]),
         (NO_SPILL, others[others["spills"] > 0]),
         (OVERLAPPED, others[~others["overlapped"].astype(bool)]),
     ]
@@ -297,25 +314,27 @@ def step_parts(gpu: Gpu, dtype: str, n: int, d: int, c: int) -> dict[str, float]
 
     "products" are dX and dW; the three kinds of finish_rows are alternatives.
     """
-    k = chunk_of(gpu, dtype, n, d)
-    size, chunks = Size(n, d, k, dtype), math.ceil(c / k)
+    k = chunk_of(gpu, dtype, n, d, c)
+    size, chunks = Size(n, d, k, dtype), c / k
+    product = 2.0 * n * d * c / (static.SUSTAINED * gpu.peak(dtype))
     parts = {}
-    for kernel, each in compile_step(gpu, dtype, d, n).items():
-        if kernel in TILED:
+    for kernel, each in compile_step(gpu, dtype, d, n, c).items():
+        if kernel in TILED and not elsewhere(dtype):
             count = math.ceil(n / each.options["BLOCK_N"]) * math.ceil(k / each.options["BLOCK_C"])
             bound = static.tile_bound(each, gpu, dtype, main_memory_bytes(kernel, size, gpu) / count)
             parts[kernel] = chunks * tile_seconds(bound, count, gpu)
         else:
             parts[kernel] = chunks * row_seconds(kernel, size, gpu)
+            parts[kernel] += product if kernel in TILED else 0.0
     parts["prepare_rows"] *= 2
-    compute = 2 * 2.0 * n * d * c / (static.SUSTAINED * gpu.peak(dtype))
+    compute = 2 * product
     parts["products"] = max(compute, chunks * main_memory_bytes("products", size, gpu) / gpu.memory)
-    return parts | {"launches": 8 * chunks * static.LAUNCH}
+    return parts | {"launches": 8 * math.ceil(chunks) * static.LAUNCH}
 
 
 def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = C) -> pd.DataFrame:
     """Seconds of a forward and backward by schedule: ours, the floor, three others by their published algorithms."""
-    k = chunk_of(gpu, dtype, n, d)
+    k = chunk_of(gpu, dtype, n, d, c)
     sustained = static.SUSTAINED * gpu.peak(dtype)
     gemm, item = 2.0 * n * d * c, Size(n, d, k, dtype).itemsize
     parts = step_parts(gpu, dtype, n, d, c)

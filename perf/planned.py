@@ -65,7 +65,7 @@ def option(head: Head, node: Node) -> Option:
 
 
 def plan(head: Head, node: Node, room: float | None = None) -> Plan:
-    room = node.capacity - RESERVED if room is None else room
+    room = node.gpu.capacity - RESERVED if room is None else room
     return Plan(node, room, [option(each, node) for each in ladder(head)])
 
 

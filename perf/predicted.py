@@ -14,7 +14,6 @@ from perf import kernels
 from perf.gpus import Gpu, Node
 from perf.scale import Head
 from perf.traffic import collectives, optimizer_bytes
-from tritonmargin.kernels.tiles import Device, default_chunk
 
 HOP = 20e-6  # seconds that an exchange takes however small it is, an assumption
 FINISH = {"sgd": kernels.SGD, "momentum": kernels.SGD, "adamw": kernels.ADAMW}
@@ -45,9 +44,7 @@ class Step(NamedTuple):
 
 
 def chunk_on(head: Head, node: Node) -> int:
-    device = Device(node.gpu.target, node.gpu.processors, node.gpu.cache)
-    fitting = default_chunk(device, kernels.DTYPES[dtype_of(head)], head.samples, head.dim)
-    return max(1, min(head.walked, fitting))
+    return kernels.chunk_of(node.gpu, dtype_of(head), head.samples, head.dim, head.walked)
 
 
 def dtype_of(head: Head) -> str:

@@ -55,7 +55,7 @@ Written by `python -m perf plan-table` on {time.strftime("%Y-%m-%d")}.
 **Every time and every memory number of ours is predicted, none was measured on a GPU**: memory by the formula of
 `perf/scale.py`, which `python -m perf scale-check` holds to measured peaks of real processes on CPUs
 ([plan_check.csv](plan_check.csv)); times by the model of [kernels.md](kernels.md) from published rates. A setting fits
-if it leaves {gb(RESERVED)} GB of the {gb(node.capacity)} GB.
+if it leaves {gb(RESERVED)} GB of the {gb(node.gpu.capacity)} GB.
 
 {shown.to_markdown(index=False, floatfmt=".3g")}
 

@@ -34,12 +34,12 @@ TABLE = Path(tiles.__file__).with_name("tiles.json")
 N, D, K = 1024, 512, 4096  # what candidates are compared on
 TOLERATED = 32  # bytes of spills in the heaviest epilogues, or where a limit of registers lets a second block in
 EXAMPLE = Tiles(128, 128, 64, 8, 3, True, 1, 0, False)
-KINDS = ("bfloat16", "tf32", "float32")  # of products; float16 has the tiles of bfloat16
+KINDS = ("bfloat16", "tf32")  # of products in the kernel; float16 has the tiles of bfloat16
 
 
 def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
     """Tiles worth compiling: those whose sums fit the registers or the tensor memory."""
-    wide, matrix = itemsize(dtype) == 4, dtype != "float32"
+    wide = itemsize(dtype) == 4
     family = tiles.family(gpu.target)  # sm_103 has what sm_100 has
     hopper = family in ("sm_90", "sm_100")
     blocks_c = (64, 128) if wide else (64, 128, 256)
@@ -51,11 +51,10 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         size = (block_n + block_c) * block_d * itemsize(dtype) * stages
         if size > gpu.shared or (hopper and stages == 2) or (gpu.target.startswith("gfx") and stages > 2):
             continue
-        # Products of float32 as it is, which no matrix unit makes, spill hundreds of bytes with descriptors.
-        free = Tiles(block_n, block_c, block_d, warps, stages, hopper and matrix, int(hopper), 0, False)
+        free = Tiles(block_n, block_c, block_d, warps, stages, hopper, int(hopper), 0, False)
         yield free
         # Only Blackwell's accumulators, in tensor memory, can be handed from warp to warp.
-        if family == "sm_100" and matrix:
+        if family == "sm_100":
             yield free._replace(specialised=True)
 
 

@@ -37,7 +37,7 @@ def chunk_of(ops: ModuleType, x: Tensor, dtype: torch.dtype, classes: int, chunk
     n, d = x.shape
     if chunk_bytes or not ops.FUSED:
         return chunk_classes(n, d, classes, chunk_bytes)
-    return max(1, min(classes, ops.chunk_for(x, dtype)))
+    return max(1, min(classes, ops.chunk_for(x, dtype, classes)))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CACHE_SHARE = 0.7  # of the GPU's last-level cache, for a chunk's tile, rows and gradient rows
+LEAST, MOST, SHARE = 64 << 20, 512 << 20, 128  # see default_chunk
 
 
 class Tiles(NamedTuple):
@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
 class Device(NamedTuple):
     target: str  # "sm_80", "gfx942", ..., "interpreter"
     processors: int  # SMs or CUs
-    cache: int  # bytes of the last-level cache
+    memory: int  # bytes
 
 
 def pick_tiles(
@@ -43,11 +43,14 @@ def pick_tiles(
     """The tile for x [N, D] times k rows.
 
     From the table, where float32 that is multiplied as TF32 has lines of its own; fewer samples take a lower tile, in
-    three steps, so that few kernels are compiled, and a narrow D takes a narrower block of the sum.
+    three steps, so that few kernels are compiled, and a narrow D takes a narrower block of the sum. Without the product
+    (float32 as it is) a tile is what a few warps read at once.
     """
-    kind = "bfloat16" if dtype != torch.float32 else "tf32" if precision == "tf32" else "float32"
-    line = table()[f"{family(target)} {kind}"]
-    block_n = min(line["block_n"], 16 if n <= 16 else 64 if n <= 64 else 128)
+    lowest = 16 if n <= 16 else 64 if n <= 64 else 128
+    if dtype == torch.float32 and precision == "ieee" and target != "interpreter":
+        return Tiles(min(64, lowest), 64, 16, 4, 1, False, 0, 0, False)
+    line = table()[f"{family(target)} {'tf32' if dtype == torch.float32 else 'bfloat16'}"]
+    block_n = min(line["block_n"], lowest)
     # A tensor memory tile has at least 64 samples, a warp group's product too.
     return Tiles(
         block_n=block_n,
@@ -62,23 +65,24 @@ def pick_tiles(
     )
 
 
-def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int) -> int:
+def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: int) -> int:
     """How many classes to walk at a time.
 
-    As many as keep the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, inside
-    `CACHE_SHARE` of the cache, so that dL/dz never goes to main memory; rounded down to whole waves of tiles (every
-    processor has the same number of them), and never below one wave. float32's waves are of its own tile, also where it
-    is multiplied as TF32: backward may see another setting than forward.
-
-    A chunk costs about five launches, each some tens of microseconds of the CPU: on a fast GPU small chunks that are
-    launched one by one wait for it. A CUDA graph of the step has no such limit, and a larger `chunk_bytes` fewer
-    launches.
+    A chunk takes memory for the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, and
+    the CPU's time for eight launches, which a fast GPU waits for where chunks are small. On an H200 (N = 1024,
+    D = 512, C = 10^6, bfloat16; reports/gpu) chunks that stay in the cache were the slowest, launched one by one and in
+    a CUDA graph: dL/dz through main memory costs less than more and smaller products. So chunks are as large as memory
+    is cheap: a quarter of the classes, but no less than `LEAST` bytes, and no more than `MOST` or a `SHARE`th of the
+    GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), and never below
+    one. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see another setting
+    than forward.
     """
     tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
     across = max(1, (n + tile.block_n - 1) // tile.block_n)
     programs = tile.programs or 2 * device.processors
     wave = max(1, programs // across) * tile.block_c
-    fitting = int(CACHE_SHARE * device.cache) // ((n + 2 * d) * dtype.itemsize)
+    per_class = (n + 2 * d) * dtype.itemsize
+    fitting = min(MOST, device.memory // SHARE, max(LEAST, per_class * classes // 4)) // per_class
     return max(1, fitting // wave) * wave
 
 
@@ -117,19 +121,16 @@ def table() -> dict[str, dict[str, Any]]:
     # A program of the interpreter costs the same at any size.
     whole = dict(block_n=16, block_c=64, block_d=64, warps=4, stages=2, descriptors=False)
     whole |= dict(programs_per_processor=0, registers=0, specialised=False)
-    return found | {f"interpreter {kind}": whole for kind in ("float32", "tf32", "bfloat16")}
+    return found | {f"interpreter {kind}": whole for kind in ("tf32", "bfloat16")}
 
 
 def device_of(tensor: Tensor) -> Device:
-    return gpu(tensor.device.index or 0) if tensor.is_cuda else Device("interpreter", 1, 32 << 20)
+    return gpu(tensor.device.index or 0) if tensor.is_cuda else Device("interpreter", 1, 4 << 30)
 
 
 @functools.cache
 def gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        # Its L2 belongs to one of eight dies; what all of them share is the Infinity Cache of 256 MB.
-        target = properties.gcnArchName.split(":")[0]
-        return Device(target, properties.multi_processor_count, 256 << 20)
-    cache = getattr(properties, "L2_cache_size", 0) or 32 << 20
-    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, cache)
+    hip = torch.version.hip
+    target = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    return Device(target, properties.multi_processor_count, properties.total_memory)

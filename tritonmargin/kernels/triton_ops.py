@@ -182,7 +182,10 @@ def tile_kernel(
     PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z = x w'^T + b, -inf at the targets, one tile after the other; what becomes of it is the epilogue's."""
+    """z = x w'^T + b, -inf at the targets, one tile after the other; what becomes of it is the epilogue's.
+
+    Without rows, x is the product [N, K], made elsewhere.
+    """
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles = tiles_n * tl.cdiv(k, BLOCK_C)
     # SPECIALISED: some warps multiply the next tile while the others are at the epilogue of this one.
@@ -198,8 +201,11 @@ def tile_kernel(
         if READY:
             z = tl.load(tile + place, mask=mask, other=-float("inf")).to(tl.float32)
         else:
-            z = product(x, rows, first_n, first_c, n, k, stride_x, stride_rows, DESCRIPTORS, PRECISION, D, BLOCK_N,
-                        BLOCK_C, BLOCK_D)  # fmt: skip
+            if rows is None:
+                z = tl.load(x + sample[:, None].to(tl.int64) * stride_x + column[None, :], mask=mask, other=0.0)
+            else:
+                z = product(x, rows, first_n, first_c, n, k, stride_x, stride_rows, DESCRIPTORS, PRECISION, D,
+                            BLOCK_N, BLOCK_C, BLOCK_D)  # fmt: skip
             if bias is not None:
                 z += tl.load(bias + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
             # Few tiles hold a target or an edge: the others are spared a comparison per element.
@@ -311,12 +317,12 @@ def reduce_chunk(
     """Fold one chunk's logits into `run`, whose numbers are [slots, N].
 
     With `keep`, leaves in `tile` what `weigh_chunk` can start from: exp(z) on the bounded path and z otherwise, the
-    targets masked. `scratch` is not needed here.
+    targets masked. `scratch` [K, N] may be `tile`: room for the product, where the library makes it.
     """
     out = (run.total, run.maximum, run.hardest, run.hardest_row, run.hinge, run.violations)
     limited = (run.hardest is not None or bias is not None) and not keep
     kept = tile if keep else None
-    launch(rows, x, bias, target, start, run.threshold, kept, out, reduce_tile, bounded, False, limited)
+    launch(rows, x, bias, target, start, run.threshold, kept, scratch, out, reduce_tile, bounded, False, limited)
 
 
 def weigh_chunk(
@@ -335,7 +341,7 @@ def weigh_chunk(
     """The chunk's share in the gradient, without the factors that only depend on the sample, 0 at the targets.
 
     kind "exp": exp(z); "softmax": exp(z - shift_i) with shift = rest; "hinge": 1 where z > shift_i.
-    `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to.
+    `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to. `scratch`: as there.
 
     Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
     the share, [K], before it is rounded.
@@ -350,7 +356,7 @@ def weigh_chunk(
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
     limited = kind == "softmax" or x.dtype == torch.float32
-    launch(rows, x, bias, target, start, shift, ready, out, weigh_tile, SHARES[kind], ready is not None, limited)
+    launch(rows, x, bias, target, start, shift, ready, scratch, out, weigh_tile, SHARES[kind], ready is not None, limited)
     return tile, None if by_class is None else by_class.sum(dim=0)
 
 
@@ -362,6 +368,7 @@ def launch(
     start: int,
     numbers: Tensor | None,
     tile: Tensor | None,
+    room: Tensor,
     out: tuple[Any, ...],
     epilogue: Any,
     options: Any,
@@ -370,24 +377,28 @@ def launch(
 ) -> None:
     """tile_kernel over the chunk: what both passes over the classes have in common.
 
+    room: [K, N] for the product, where the library makes it.
     limited: the epilogue takes more registers than let another block in, and does with fewer. Others take fewer anyway,
         or would spill.
     """
-    (n, d), k = x.shape, len(rows)
+    (n, d), k, how = x.shape, len(rows), precision(x.dtype, device_of(x).target)
     tiles = tiles_for(x, k)
     count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
     if not count:
         return
     described = tiles.descriptors and not ready and can_describe(x) and can_describe(rows)
     a, b = x, rows
+    if by_library(x.dtype, how) and not ready:
+        a, b, d = torch.mm(x, rows.t(), out=room.t()), None, 1
+    stride = a.stride(0)
     if described:
         a = TensorDescriptor.from_tensor(x, [tiles.block_n, tiles.block_d])
         b = TensorDescriptor.from_tensor(rows, [tiles.block_c, tiles.block_d])
     call(
         tile_kernel, min(count, tiles.programs) if tiles.programs else count, a, b, bias, target, numbers, tile, out,
-        n, k, start, x.stride(0), rows.stride(0), 1 if tile is None else tile.stride(1),
+        n, k, start, stride, rows.stride(0), 1 if tile is None else tile.stride(1),
         EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described,
-        PRECISION=precision(x.dtype, device_of(x).target),
+        PRECISION=how,
         SPECIALISED=tiles.specialised and described and TRITON >= (3, 7),  # 3.6 fails to partition the loop
         D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -400,9 +411,9 @@ def tiles_for(x: Tensor, k: int) -> Tiles:
     return pick_tiles(device.target, x.dtype, n, d, k, device.processors, precision(x.dtype, device.target))
 
 
-def chunk_for(x: Tensor, dtype: torch.dtype) -> int:
+def chunk_for(x: Tensor, dtype: torch.dtype, classes: int) -> int:
     """How many classes to walk at a time."""
-    return default_chunk(device_of(x), dtype, *x.shape)
+    return default_chunk(device_of(x), dtype, *x.shape, classes)
 
 
 def slots(x: Tensor, chunk: int) -> int:
@@ -439,6 +450,14 @@ def precision(dtype: torch.dtype, target: str) -> str:
     if dtype != torch.float32 or (target.startswith("gfx") and target != "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def by_library(dtype: torch.dtype, precision: str) -> bool:
+    """Whether cuBLAS makes the product, and the kernel what follows from it.
+
+    No matrix unit multiplies float32 as it is, and on an H200 cuBLAS does it four times as fast as a kernel of Triton's.
+    """
+    return dtype == torch.float32 and precision == "ieee"
 
 
 # -- finish_rows -------------------------------------------------------------------------------------------------
