@@ -36,7 +36,8 @@ def executed(dtype: str) -> list[dict[str, Any]]:
             "kernel": name, "dtype": dtype, "N": n, "D": d, "chunk": k,
             "formula_bytes": kernels.launch_bytes(name, size, columns if name in TILED else 0),
             "tile_bytes": tile_bytes(name, size, columns, rows), "executed_bytes": count.loaded + count.stored,
-            "formula_product_flops": 2 * n * d * k if name in TILED and not kernels.elsewhere(dtype) else 0, "executed_product_flops": count.flops,
+            "formula_product_flops": 2 * n * d * k if name in TILED and not kernels.elsewhere(dtype) else 0,
+            "executed_product_flops": count.flops,
         })  # fmt: skip
     return lines
 

@@ -319,7 +319,7 @@ def speed(gate: Gate) -> list[dict[str, Any]]:
         size = (line["N"], line["D"], line["C"], line["dtype"])
         p, name = Problem(*size, "cpu" if gate.dry else gate.device, line["loss"]), line["provider"]
         if name == GRAPH:
-            return in_a_graph(p, gate)
+            return in_a_graph(p, tensors(p), gate)
         if class_of(name) is None:
             return {"failed": skipped_words(name) or "not found"}
         provider = make(name)
@@ -329,12 +329,12 @@ def speed(gate: Gate) -> list[dict[str, Any]]:
     return measured(asked, gate.result("speed"), row, lambda: gate.left, lambda rows: gate.keep("speed", rows))
 
 
-def in_a_graph(p: Problem, gate: Gate) -> dict[str, Any]:
+def in_a_graph(p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
     """Our forward and backward captured once and replayed: what the GPU takes where no launch waits for the CPU."""
     if gate.dry:
         return {"failed": "a dry run has no CUDA graphs"}
     try:
-        taken = replayed(make("ours"), p, p.tensors(), gate)
+        taken = replayed(make("ours"), p, tensors, gate)
         return {"title": "tritonmargin, in a CUDA graph", "mode": STEP, "milliseconds": 1e3 * taken}
     except Exception as error:
         with suppress(RuntimeError):
@@ -384,9 +384,10 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
 
 
 def median(call: Callable[[], Any], gate: Gate) -> float:
-    """Seconds, after a warm-up."""
-    call()
-    return statistics.median(seconds(call, "cpu" if gate.dry else gate.device)[0] for _ in range(1 if gate.dry else 20))
+    """Seconds, after a warm-up; of fewer rounds where a call takes long."""
+    device = "cpu" if gate.dry else gate.device
+    rounds = 1 if gate.dry else max(3, min(20, int(1.0 / max(seconds(call, device)[0], 1e-9))))
+    return statistics.median(seconds(call, device)[0] for _ in range(rounds))
 
 
 def profile(gate: Gate) -> list[dict[str, Any]]:

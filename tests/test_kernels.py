@@ -178,7 +178,9 @@ def test_reduce_chunk(dtype: torch.dtype, size: str, path: str, keep: bool) -> N
     for start, last in ((3, k), (3 + k, max(1, k - 1))):
         tile = unwritten_tile(n, last, dtype)
         b = None if bias is None else bias[:last]
-        triton_ops.reduce_chunk(rows[:last], x, b, target, start, path == "bounded", tile, unwritten_tile(n, last, dtype), keep, run)
+        triton_ops.reduce_chunk(
+            rows[:last], x, b, target, start, path == "bounded", tile, unwritten_tile(n, last, dtype), keep, run
+        )
         z = logits(x, rows[:last], b, target, start)
         found.append(z)
         kept = z.exp2() if path == "bounded" else z
@@ -478,6 +480,27 @@ def test_a_step_captured_in_a_graph() -> None:
         for ours, other in zip((loss.detach(), x.grad, w.grad), right, strict=True):
             assert torch.equal(ours, other)
     assert losses[1] < losses[0]
+
+
+def test_a_head_as_a_graphed_callable() -> None:
+    """Other embeddings and targets in every step, as torch.cuda.make_graphed_callables replays them."""
+    if MACHINE != "cuda":
+        pytest.skip("graphs need a GPU")
+    head = tm.MarginSoftmaxLoss(64, 500, tm.ArcFace()).to(DEVICE)
+    given = random(40, 64, seed=1).requires_grad_(), torch.arange(40, device=DEVICE)
+    replayed = torch.cuda.make_graphed_callables(tm.MarginSoftmaxLoss(64, 500, tm.ArcFace()).to(DEVICE), given)
+    replayed.load_state_dict(head.state_dict())
+    for seed in (3, 4):
+        x, target = random(40, 64, seed=seed).requires_grad_(), torch.arange(40, device=DEVICE) * seed % 500
+        right = head(x, target)
+        expected = torch.autograd.grad(right, (x, head.weight))
+        y = x.detach().clone().requires_grad_()
+        loss = replayed(y, target)
+        loss.backward()
+        assert torch.equal(loss.detach(), right.detach())
+        assert torch.equal(y.grad, expected[0])
+        assert torch.equal(replayed.weight.grad, expected[1])
+        replayed.weight.grad = None
 
 
 def test_what_changes_from_step_to_step_compiles_nothing(pytestconfig: pytest.Config) -> None:
