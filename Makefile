@@ -52,7 +52,7 @@ perf-check: $(VENV)/perf.done
 	$(BIN)/python -m perf check $(ARGS)
 
 readme-numbers: $(VENV)/perf.done
-	$(BIN)/python -m perf readme $(ARGS)
+	$(BIN)/python -m perf readme --gate reports/gpu-h200 $(ARGS)
 
 figures: $(VENV)/demo.done
 	$(BIN)/python -m examples.figures $(ARGS)

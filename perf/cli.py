@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import zlib
 from collections.abc import Iterable, Iterator
@@ -174,6 +175,7 @@ def report_command(out: Out = OUT) -> None:
 def readme_command(
     out: Out = OUT,
     readme: Annotated[Path, typer.Option(help="the file with the two marks")] = Path("README.md"),
+    gate: Annotated[Path | None, typer.Option(help="also those of a GPU, from a gate's folder")] = None,
 ) -> None:
     """Write the numbers of README.md again from the results."""
     from perf import readme as numbers
@@ -181,7 +183,10 @@ def readme_command(
     found = loaded(out)
     if found.rows.empty:
         raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
-    changed = numbers.write(readme, found)
+    try:
+        changed = numbers.write(readme, found, json.loads((gate / "gate.json").read_text()) if gate else None)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     console.print(f"{readme}: {'written' if changed else 'as it was'}", highlight=False)
 
 
@@ -346,13 +351,16 @@ def gate_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="without a GPU, tiny sizes, kernels executed by ttsem")
     ] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="only the verdict on what the folder holds, on any machine")
+    ] = False,
 ) -> None:
     """Everything worth knowing of a GPU in ten minutes: tests, errors, speed beside others, predictions judged."""
     from perf import gate
 
     try:
         with saying() as say:
-            passed = gate.run(out, dry_run, minutes, say)
+            passed = gate.judge(out) if judge else gate.run(out, dry_run, minutes, say)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(

@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import html
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -48,11 +49,13 @@ import torch.nn.functional as F
 import tritonmargin as tm
 from perf import kernels, static, tune
 from perf.clock import seconds, synchronise
+from perf.gpus import Gpu, card
 from perf.problem import Problem
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
 from perf.results import replace
 from perf.rows import UP, measured
+from tritonmargin.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "search", "verdict")
@@ -184,10 +187,10 @@ def environment(gate: Gate) -> dict[str, Any]:
         "tritonmargin": tm.__version__, "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }  # fmt: skip
     if gate.dry:
-        return facts | {"gpu": "none: a dry run"}
+        return facts | {"gpu": "none: a dry run", "target": "sm_90"}
     properties = torch.cuda.get_device_properties(0)
     facts |= {
-        "gpu": properties.name, "processors": properties.multi_processor_count,
+        "gpu": properties.name, "processors": properties.multi_processor_count, "target": tiles.gpu(0).target,
         "memory_GB": round(properties.total_memory / 1e9, 1), "capability": torch.cuda.get_device_capability(0),
         "cache_MB": getattr(properties, "L2_cache_size", 0) / 2**20,
     }  # fmt: skip
@@ -277,14 +280,14 @@ def errors(gate: Gate) -> list[dict[str, Any]]:
 
 
 def rate(gate: Gate) -> dict[str, float]:
-    """Flops per second of the three shapes of a step, in bfloat16, into buffers that exist."""
+    """Flops per second of the three shapes of a step, in bfloat16 and float32, into buffers that exist."""
     n, d, k = (16, 16, 64) if gate.dry else (1024, 512, 32_768)
     made = {}
-    for name, (a, b) in {
-        "logits": ((n, d), (d, k)), "dX": ((n, k), (k, d)), "dW": ((k, n), (n, d)),
-    }.items():  # fmt: skip
-        left, right = (torch.randn(*shape, device=gate.device).bfloat16() for shape in (a, b))
-        out = torch.empty(a[0], b[1], dtype=torch.bfloat16, device=gate.device)
+    shapes = {"logits": ((n, d), (d, k)), "dX": ((n, k), (k, d)), "dW": ((k, n), (n, d))}
+    for dtype, (what, (a, b)) in itertools.product((torch.bfloat16, torch.float32), shapes.items()):
+        name = what if dtype == torch.bfloat16 else f"{what}, float32"
+        left, right = (torch.randn(*shape, device=gate.device).to(dtype) for shape in (a, b))
+        out = torch.empty(a[0], b[1], dtype=dtype, device=gate.device)
         taken = median(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), gate)
         made[name] = 2.0 * n * d * k / taken
     return made
@@ -476,25 +479,21 @@ def search(gate: Gate) -> list[dict[str, Any]]:
 
 def verdict(gate: Gate) -> list[dict[str, Any]]:
     """Each predicted figure beside what was measured."""
-    from perf.gpus import card
-    from tritonmargin.kernels import tiles
-
-    target = "sm_90" if gate.dry else tiles.gpu(0).target
-    gpu = card(target, "" if gate.dry else torch.cuda.get_device_name(0))
+    facts = gate.result("environment")
+    gpu = card(tiles.family(facts["target"]), facts["gpu"])
     if gpu is None:
-        raise ValueError(f"nothing is predicted for {target}")
+        raise ValueError(f"nothing is predicted for {facts['target']}")
     found = {(row["provider"], row["N"], row["D"], row["C"], row["dtype"]): row.get("milliseconds")
              for row in gate.result("speed") or []
              if row["provider"] != "ours" or row["loss"] == "arcface"}  # fmt: skip
     rates = gate.result("rate") or {}
-    lines = [
-        {
-            "figure": f"bfloat16 products, flops per second: {name}",
-            "predicted": static.SUSTAINED * gpu.peak("bfloat16"),
-            "measured": got,
-        }
-        for name, got in rates.items()
-    ]
+    lines: list[dict[str, Any]] = []
+    for name, got in rates.items():
+        dtype = name.partition(", ")[2] or "bfloat16"
+        peak = static.SUSTAINED * gpu.peak(dtype)
+        lines.append({"figure": f"{dtype} products, flops per second: {name}", "predicted": peak, "measured": got})
+    floor = [got for name, got in rates.items() if "," not in name]
+    lines += kernel_figures(gate, gpu)
     names = {"tritonmargin, in a CUDA graph": GRAPH, "tritonmargin, launched one by one": "ours",
              "full logits, the usual code": "plain",
              "Cut Cross-Entropy's schedule, W normalised before": "cce",
@@ -502,8 +501,8 @@ def verdict(gate: Gate) -> list[dict[str, Any]]:
     for n, d, c in SIZES[:1] if gate.dry else SIZES:
         for row in kernels.predict(gpu, "bfloat16", n, d, c).to_dict("records"):
             measured = found.get((names.get(row["schedule"], ""), n, d, c, "bfloat16"))
-            if row["schedule"].startswith("floor") and rates:
-                measured = 1e3 * sum(2.0 * n * d * c / got for got in rates.values())
+            if row["schedule"].startswith("floor") and floor:
+                measured = 1e3 * sum(2.0 * n * d * c / got for got in floor)
             lines.append({
                 "figure": f"{row['schedule']}, ms, N={n} D={d} C={c}", "predicted": row["predicted_ms"],
                 "measured": measured,
@@ -512,6 +511,32 @@ def verdict(gate: Gate) -> list[dict[str, Any]]:
         measured = line["measured"]
         line["measured_over_predicted"] = None if measured is None else measured / line["predicted"]
     return lines
+
+
+KERNELS = {
+    "prepare_kernel": ("prepare_rows",), "tile_kernel": ("reduce_chunk", "weigh_chunk"),
+    "finish_kernel": ("finish_rows",), "products": ("products",),
+}  # fmt: skip
+
+
+def kernel_figures(gate: Gate, gpu: Gpu) -> list[dict[str, Any]]:
+    """Of the profile: our kernels by their names, and all of the library's as the products."""
+    rows = gate.result("profile") or []
+    if gate.dry or not rows:
+        return []
+    n, d, c = (rows[0][name] for name in ("N", "D", "C"))
+    found = dict.fromkeys(KERNELS, 0.0)
+    for row in rows:
+        library = any(word in row["what"] for word in ("nvjet", "gemm", "cublas", "cutlass", "Cijk"))
+        name = "products" if library else row["what"]
+        if name in found:
+            found[name] += row["microseconds"] / 1e3
+    parts = kernels.step_parts(gpu, rows[0]["dtype"], n, d, c)
+    return [
+        {"figure": f"{name} of a step, ms, N={n} D={d} C={c}",
+         "predicted": 1e3 * sum(parts[part] for part in KERNELS[name]), "measured": taken}
+        for name, taken in found.items()
+    ]  # fmt: skip
 
 
 STEPS: dict[str, Callable[[Gate], Any]] = {
@@ -547,6 +572,15 @@ def page(state: dict[str, Any]) -> str:
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><style>{style}</style>"
     body = f"<body><h1>GPU gate</h1>{''.join(parts)}</body>"
     return f"<!doctype html><html lang='en'><head>{head}<title>GPU gate</title></head>{body}</html>"
+
+
+def judge(out: Path) -> bool:
+    """The verdict on what an earlier run measured, by the predictions of today: it needs no GPU."""
+    gate = Gate(out, dry=False, minutes=1.0)
+    if not gate.result("environment"):
+        raise ValueError(f"{out} holds no results of a GPU")
+    gate.step("verdict")
+    return bool(gate.state["steps"]["verdict"]["status"] == "done")
 
 
 def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:

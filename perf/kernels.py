@@ -329,7 +329,7 @@ def step_parts(gpu: Gpu, dtype: str, n: int, d: int, c: int) -> dict[str, float]
     parts["prepare_rows"] *= 2
     compute = 2 * product
     parts["products"] = max(compute, chunks * main_memory_bytes("products", size, gpu) / gpu.memory)
-    return parts | {"launches": 8 * math.ceil(chunks) * static.LAUNCH}
+    return parts | {"launches": static.STEP + 8 * math.ceil(chunks) * static.LAUNCH}
 
 
 def predict(gpu: Gpu, dtype: str = "bfloat16", n: int = N, d: int = D, c: int = C) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from perf.run import key
 from perf.terminal import digits
 
 BEGIN, END = "<!-- numbers: python -m perf readme -->", "<!-- end of numbers -->"
+GPU_BEGIN, GPU_END = "<!-- gpu numbers: python -m perf readme -->", "<!-- end of gpu numbers -->"
 SIZES = [("float32", 256), ("float32", 32), ("bfloat16", 256), ("bfloat16", 32)]
 ROWS = [
     ("tritonmargin", "ours", STEP, "arcface"), ("tritonmargin, all logits retained", "ours-retain", STEP, "arcface"),
@@ -137,18 +139,81 @@ def measured_on(results: Results) -> list[str]:
     )]  # fmt: skip
 
 
-def rewritten(text: str, results: Results) -> str:
+# -- a GPU's, from what `python -m perf gate` left ----------------------------------------------------------------
+
+
+def of_a_gpu(gate: dict[str, Any]) -> str:
+    """Everything between the marks for GPUs."""
+    steps = {name: step.get("result") for name, step in gate["steps"].items()}
+    facts = steps["environment"]
+    said = [
+        f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, Python {facts['python']}, {facts['date']}. "
+        "Forward and backward (in brackets: with the update of W), median, and memory beyond what the step is given:",
+        markdown(gpu_speed(pd.DataFrame(steps["speed"]))),
+        "The step at N=1024, D=512, C=1,000,000 in bfloat16 by the size of its chunks:",
+        markdown(gpu_chunks(pd.DataFrame(steps["chunks"]))),
+        "Predicted before and measured:",
+        markdown(gpu_verdict(pd.DataFrame(steps["verdict"]))),
+    ]
+    return "\n\n".join(said)
+
+
+def gpu_speed(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows[rows["milliseconds"].notna()]
+    sizes = rows[["dtype", "N", "D", "C"]].drop_duplicates().itertuples(index=False)
+    lines: dict[str, dict[str, str]] = {}
+    for size in sizes:
+        here = rows[(rows[["dtype", "N", "D", "C"]] == list(size)).all(axis=1)]
+        for row in here.sort_values("loss").itertuples():
+            title = row.title if row.loss == "arcface" else f"no margin: {row.title}"
+            time = f"{digits(row.milliseconds)} ms"
+            taken = f"({time})" if row.mode == WHOLE else time
+            held = f", {megabytes(row.peak_MB)}" if pd.notna(row.peak_MB) else ""
+            column = f"{size.dtype}, N={size.N:,}, D={size.D}, C={size.C:,}"
+            lines.setdefault(title, {"": title})[column] = taken + held
+    return pd.DataFrame(list(lines.values())).fillna("")
+
+
+def gpu_chunks(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame([
+        {"classes a chunk": f"{row.chunk:,}" if row.chunk else "as the library chooses",
+         "launched one by one": f"{digits(row.milliseconds)} ms",
+         "in a CUDA graph": f"{digits(row.milliseconds_in_a_graph)} ms", "memory": megabytes(row.peak_MB)}
+        for row in rows.itertuples()
+    ])  # fmt: skip
+
+
+def gpu_verdict(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows[
+        rows["measured"].notna() & rows["figure"].str.contains(", ms,") & rows["figure"].str.contains("C=1000000")
+    ]
+    return pd.DataFrame([
+        {"ms": row.figure.partition(", ms,")[0], "predicted": digits(row.predicted), "measured": digits(row.measured),
+         "measured over predicted": digits(row.measured_over_predicted)}
+        for row in rows.itertuples()
+    ])  # fmt: skip
+
+
+# -- the file ----------------------------------------------------------------------------------------------------
+
+
+def rewritten(text: str, results: Results, gate: dict[str, Any] | None = None) -> str:
     """README with the numbers between the marks replaced; ValueError without marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END} in the text")
-    return f"{before}{BEGIN}\n\n{numbers(results)}\n\n{END}{after}"
+    text = between(text, BEGIN, END, numbers(results))
+    return text if gate is None else between(text, GPU_BEGIN, GPU_END, of_a_gpu(gate))
 
 
-def write(path: Path, results: Results) -> bool:
+def between(text: str, begin: str, end: str, new: str) -> str:
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"no {begin} ... {end} in the text")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+
+
+def write(path: Path, results: Results, gate: dict[str, Any] | None = None) -> bool:
     """Whether the file changed."""
     before = path.read_text()
-    after = rewritten(before, results)
+    after = rewritten(before, results, gate)
     path.write_text(after)
     return before != after

@@ -23,9 +23,9 @@ from perf.gpus import Gpu
 
 SUSTAINED = 0.8
 LATENCY = 600  # cycles from the shared cache, an assumption: published measurements of A100 and H100 are 200 to 700
-# Seconds of the CPU per kernel launch, outside of a CUDA graph, an assumption for a fast host: what Python does before
-# the driver is called was measured at 40 to 74 microseconds a launch of ours on a slow core of 2.5 GHz.
-LAUNCH = 20e-6
+# Seconds of the CPU, outside of a CUDA graph: of a launch, and of a step beside its chunks, some 200 small operations.
+# Measured on the 16-core Xeon beside an H200, where they vary by half (reports/gpu-h200: the step by its chunks).
+LAUNCH, STEP = 50e-6, 7e-3
 
 
 class Bound(NamedTuple):

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         dist.barrier()  # the first rank has rendered
     glyphs = fonts.load(SCRIPTS, limit=options.limit, cache=options.cache)
     parts = split(glyphs, options.classes, options.unseen, seed=options.seed)
-    state = Run.start(settings, options.rate, group, options.parts)
+    state = Run.start(settings, options.rate, group)
     if first:
         print(f"{options.classes:,} characters, rank 0 of {state.world_size} has {len(state.head.weight):,}; {folder}")
     train(state, Batches(glyphs, parts.train, options.batch, options.seed), folder, options.interval, options.every)

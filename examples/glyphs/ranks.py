@@ -17,6 +17,7 @@ import tritonmargin as tm
 from examples.glyphs.data import Batches
 from examples.glyphs.network import EMBEDDING_DIM, GlyphNet, autocast
 from examples.glyphs.recipes import Settings
+from examples.glyphs.synced import synced
 from examples.glyphs.train import RETAINED, Interrupted, make_optimizer, stopped_by_signals
 
 
@@ -35,11 +36,10 @@ class Run:
     head: tm.MarginSoftmaxLoss
     optimizer: torch.optim.Optimizer  # of the network
     rows: tm.optim.RowAdamW  # of the head
-    parts: int = 1  # in which a batch goes through the network, each with BatchNorm statistics of its own
     progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "seconds": 0.0, "losses": [], "starts": []})
 
     @classmethod
-    def start(cls, settings: Settings, sample_rate: float, group: dist.ProcessGroup | None, parts: int = 1) -> Run:
+    def start(cls, settings: Settings, sample_rate: float, group: dist.ProcessGroup | None) -> Run:
         recipe = settings.recipe
         torch.manual_seed(settings.seed)  # the same network on all ranks; the head draws its own rows on each
         network = GlyphNet()
@@ -54,8 +54,12 @@ class Run:
         optimizer = make_optimizer(network, None, recipe)
         # Without the option, DistributedDataParallel orders the gradients anew after the first step of a process, and
         # three or more ranks then add them up in another order after a restart than without one.
-        model = network if group is None else DistributedDataParallel(network, find_unused_parameters=True)
-        return cls(settings, group, network, model, head, optimizer, rows, parts)
+        model = network
+        if group is not None:
+            # A group of its own: its exchanges come between those of DistributedDataParallel.
+            synced(network, dist.new_group(dist.get_process_group_ranks(group)))
+            model = DistributedDataParallel(network, find_unused_parameters=True)
+        return cls(settings, group, network, model, head, optimizer, rows)
 
     @property
     def rank(self) -> int:
@@ -143,11 +147,7 @@ def train(run: Run, batches: Batches, folder: Path, interval: float = 15.0, ever
 
 
 def train_step(run: Run, pictures: Tensor, target: Tensor) -> float:
-    """One step with this rank's part of the global batch; the loss of all of it.
-
-    A BatchNorm normalises with the statistics of the rank's part (SyncBatchNorm exists on GPUs only), so ranks see
-    smaller batches than one process does. Its running statistics are the means of all ranks'.
-    """
+    """One step with this rank's part of the global batch; the loss of all of it."""
     step, head = run.progress["step"], run.head
     rate = run.settings.rate(step, 0.0)
     for group in run.optimizer.param_groups:
@@ -156,31 +156,16 @@ def train_step(run: Run, pictures: Tensor, target: Tensor) -> float:
         group["lr"] = run.settings.recipe.head_lr * rate
     head.margin.schedule(step)
     with autocast():
-        parts = own_part(pictures, run).tensor_split(run.parts)
-        loss = head(torch.cat([run.model(part) for part in parts]), own_part(target, run))
+        loss = head(run.model(own_part(pictures, run)), own_part(target, run))
     run.optimizer.zero_grad()
     loss.backward()  # updates the head's rows
     run.rows.step()
     run.optimizer.step()
-    share_statistics(run)
     return loss.item()
 
 
 def own_part(batch: Tensor, run: Run) -> Tensor:
     return batch.tensor_split(run.world_size)[run.rank]
-
-
-@torch.no_grad()
-def share_statistics(run: Run) -> None:
-    """The running means and variances become the means over ranks."""
-    if run.group is None:
-        return
-    buffers = [buffer for buffer in run.network.buffers() if buffer.is_floating_point()]
-    everything = torch.cat(buffers)
-    dist.all_reduce(everything, group=run.group)
-    everything /= run.world_size
-    for buffer, shared in zip(buffers, everything.split([len(buffer) for buffer in buffers]), strict=True):
-        buffer.copy_(shared)
 
 
 def agreed(group: dist.ProcessGroup | None, *values: float) -> list[float]:

@@ -16,13 +16,10 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m examples.glyphs.sharded", description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="steps of training (default 2,000)")
     parser.add_argument("--rate", type=float, default=0.1, help="fraction of the classes a step walks (default 0.1)")
-    parser.add_argument("--classes", type=int, default=36_000, help="characters to train on (default 36,000)")
-    parser.add_argument("--unseen", type=int, default=4_000, help="characters to evaluate on (default 4,000)")
+    parser.add_argument("--classes", type=int, default=40_000, help="characters to train on (default 40,000)")
+    parser.add_argument("--unseen", type=int, default=900, help="characters to evaluate on (default 900)")
     parser.add_argument("--limit", type=int, help="render the first so many code points only")
     parser.add_argument("--batch", type=int, default=256, help="pictures a step, of all ranks together (default 256)")
-    parser.add_argument(
-        "--parts", type=int, default=1, help="of a batch, each with BatchNorm statistics of its own, as ranks have them"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--interval", type=float, default=15.0, help="seconds between checkpoints (default 15)")
     parser.add_argument("--every", type=int, help="a checkpoint after so many steps instead")

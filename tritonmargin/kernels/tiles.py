@@ -70,12 +70,12 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: i
 
     A chunk takes memory for the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, and
     the CPU's time for eight launches, which a fast GPU waits for where chunks are small. On an H200 (N = 1024,
-    D = 512, C = 10^6, bfloat16; reports/gpu) chunks that stay in the cache were the slowest, launched one by one and in
-    a CUDA graph: dL/dz through main memory costs less than more and smaller products. So chunks are as large as memory
-    is cheap: a quarter of the classes, but no less than `LEAST` bytes, and no more than `MOST` or a `SHARE`th of the
-    GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), and never below
-    one. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see another setting
-    than forward.
+    D = 512, C = 10^6, bfloat16; reports/gpu-h200) chunks that stay in the cache were the slowest, launched one by one
+    and in a CUDA graph: dL/dz through main memory costs less than more and smaller products. So chunks are as large as
+    memory is cheap: a quarter of the classes, but no less than `LEAST` bytes, and no more than `MOST` or a `SHARE`th of
+    the GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), and never
+    below one. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see another
+    setting than forward.
     """
     tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
     across = max(1, (n + tile.block_n - 1) // tile.block_n)
