@@ -152,7 +152,7 @@ def of_a_gpu(gate: dict[str, Any]) -> str:
         markdown(gpu_speed(pd.DataFrame(steps["speed"]))),
         "The step at N=1024, D=512, C=1,000,000 in bfloat16 by the size of its chunks:",
         markdown(gpu_chunks(pd.DataFrame(steps["chunks"]))),
-        "Predicted before and measured:",
+        "Predicted by the model of today and measured:",
         markdown(gpu_verdict(pd.DataFrame(steps["verdict"]))),
     ]
     return "\n\n".join(said)
@@ -184,9 +184,7 @@ def gpu_chunks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def gpu_verdict(rows: pd.DataFrame) -> pd.DataFrame:
-    rows = rows[
-        rows["measured"].notna() & rows["figure"].str.contains(", ms,") & rows["figure"].str.contains("C=1000000")
-    ]
+    rows = rows[rows["measured"].notna() & rows["figure"].str.endswith(", ms, N=1024 D=512 C=1000000")]
     return pd.DataFrame([
         {"ms": row.figure.partition(", ms,")[0], "predicted": digits(row.predicted), "measured": digits(row.measured),
          "measured over predicted": digits(row.measured_over_predicted)}

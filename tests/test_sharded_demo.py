@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONTEXT
+from ranks import CONTEXT, on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -35,7 +35,7 @@ for module in ("PIL", "fontTools", "sklearn", "matplotlib", "tqdm", "jinja2", "p
 import psutil  # noqa: E402
 import tqdm  # noqa: E402
 
-from examples.glyphs import data, fonts, partial_fc, ranks, sharded  # noqa: E402
+from examples.glyphs import data, fonts, partial_fc, ranks, sharded, synced  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY, SECONDS = 40, 2, 60.0
@@ -58,6 +58,46 @@ def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     checksums = Started.start(2, trained, cache, folder / "run").results()
     assert checksums[0] == checksums[1]  # the same network on both
     return read(folder / "run")
+
+
+# -- one network on all ranks -----------------------------------------------------------------------------------
+
+
+def small_network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(4 * 36, 8, bias=False), torch.nn.BatchNorm1d(8),
+    )  # fmt: skip
+
+
+def three_steps(network: torch.nn.Module, own: slice) -> list[Tensor]:
+    """Outputs for the own samples after three steps, gradients of the sum over them, buffers, and outputs in eval."""
+    random = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x, along = torch.randn(10, 1, 8, 8, generator=random), torch.randn(10, 8, generator=random)
+        network.zero_grad()
+        found = network(x[own])
+        (found * along[own]).sum().backward()
+    gradients = [parameter.grad for name, parameter in network.named_parameters() if name != "0.bias"]  # that one is 0
+    return [found.detach(), *gradients, *network.buffers(), network.eval()(x).detach()]
+
+
+def steps_on_a_rank() -> list[Tensor]:
+    network = synced.synced(small_network(), dist.group.WORLD)
+    return three_steps(network, (slice(0, 7), slice(7, 8), slice(8, 10))[dist.get_rank()])
+
+
+def test_batchnorm_over_ranks_is_that_of_one_process() -> None:
+    """On uneven parts: outputs side by side, and gradients of the parameters that add up."""
+    one, parts = three_steps(small_network(), slice(None)), on_ranks(3, steps_on_a_rank)
+    shapes = [tuple(each.shape) for each in one]
+    assert shapes[1:] == [tuple(each.shape) for each in parts[0][1:]]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), one[0])
+    gradients = sum(parameter.requires_grad for parameter in small_network().parameters()) - 1
+    for place in range(1, len(one)):
+        summed = sum(part[place] for part in parts) if place <= gradients else parts[1][place]
+        torch.testing.assert_close(summed, one[place], rtol=1e-4, atol=1e-5)
 
 
 # -- ranks that can be killed -----------------------------------------------------------------------------------

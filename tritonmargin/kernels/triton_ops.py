@@ -485,6 +485,11 @@ def finish_kernel(
     a = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     if product is not None:
         a += tl.load(product + row[:, None] * stride_product + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = unit = None
+    if inverse is not None:
+        # Under way while the shares are looked for.
+        scale = tl.load(inverse + row, mask=inside, other=0.0)
+        unit = load_rows(weight, ids, row, d, inside, mask, stride_row, stride_column) * scale[:, None]
     # A may carry a scale that the shares do not; factor undoes it.
     undo = 1.0 if factor is None else tl.load(factor)
     carried = 1.0 / undo
@@ -495,8 +500,6 @@ def finish_kernel(
         c = tl.load(class_weight + row, mask=inside, other=0.0)
         a += carried * c[:, None] * tl.load(along + d, mask=d < D, other=0.0)[None, :]
     if inverse is not None:
-        scale = tl.load(inverse + row, mask=inside, other=0.0)
-        unit = load_rows(weight, ids, row, d, inside, mask, stride_row, stride_column) * scale[:, None]
         a -= unit * tl.sum(unit * a, axis=1)[:, None]
         a *= (scale * undo)[:, None]
     else:
