@@ -485,7 +485,6 @@ def finish_kernel(
     a = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     if product is not None:
         a += tl.load(product + row[:, None] * stride_product + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = unit = None
     if inverse is not None:
         # Under way while the shares are looked for.
         scale = tl.load(inverse + row, mask=inside, other=0.0)
