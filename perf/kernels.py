@@ -226,6 +226,7 @@ SUSTAINED_ONLY = f"""\
 The matrix units are the largest term at the rate that they are taken to sustain: their published cycles are divided by
 {static.SUSTAINED}, those of shared memory are taken as published. By published cycles alone, shared memory takes 1.125
 (sm_80, gfx942) to 1.25 times (sm_90, so that the two are equal here) as long as the matrix units in 16 bits."""
+NO_WAIT = "no product with dL/dz waits for main memory at D >= 256"
 NO_SPILL, OVERLAPPED = "no register spills in any epilogue", "two blocks a processor with any epilogue"
 
 
@@ -238,7 +239,23 @@ class Limit(NamedTuple):
     why: str
 
 
+def narrow(line: Any) -> bool:
+    """Whether main memory takes no more than a fifth longer than the matrix units, at the narrowest D that counts."""
+    return bool(line.D == 256 and line.memory_cycles <= 1.2 * line.matrix_cycles / static.SUSTAINED)
+
+
+NARROW = (
+    "at D = 256 dL/dz of a chunk larger than the cache takes {} % longer through main memory than on the matrix units. "
+    "Chunks inside the cache do not wait, and were slower on the H200 (reports/gpu-h200, D = 512), by their launches "
+    "and by their smaller products."
+)
 LIMITS = (
+    Limit("sm_90", NO_WAIT, narrow, f"sm_90: {NARROW.format(15)} With the memory of an H200 it does not."),
+    Limit("sm_100", NO_WAIT, narrow, f"sm_100: {NARROW.format(10)}"),
+    Limit(
+        "sm_90", MATRIX_LARGEST, lambda line: line.bound_by == "memory" and narrow(line),
+        "sm_90: weigh_chunk at D = 256 writes dL/dz to main memory, see below.",
+    ),
     Limit(
         "sm_100", MATRIX_LARGEST, lambda line: line.bound_by == "shared",
         "sm_100: a block's tcgen05 product reads both operands from shared memory, and they are loaded into it, at 128 "
@@ -288,7 +305,7 @@ def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
         ("matrix units in every tile kernel of 16-bit operands and TF32", low[low["matrix_kind"] == ""]),
         (MATRIX_LARGEST, wide[wide["bound_by"] != "matrix"]),
         (OVERLAP, wide[~wide["overlapped"].astype(bool)]),
-        ("no product with dL/dz waits for main memory at D >= 256", weighing[waits]),
+        (NO_WAIT, weighing[waits]),
         (NO_SPILL, others[others["spills"] > 0]),
         (OVERLAPPED, others[~others["overlapped"].astype(bool)]),
     ]

@@ -2,8 +2,8 @@
 
 A rank's kernels are predicted as `python -m perf audit` does it, of N samples of all ranks against the S classes that
 the rank walks. Beside them: bytes of W and the optimiser's state beyond what the kernels' model counts, the optimiser's
-step at the rate of main memory, and the exchanges in rings. Nothing overlaps. Not counted: the drawing of samples, and the CPU's work of a step beside its chunks (`static.STEP`),
-which a backbone hides.
+step at the rate of main memory, and the exchanges in rings. Nothing overlaps. Not counted: the drawing of samples, and
+the CPU's work of a step beside its chunks (`static.STEP`), which a backbone hides.
 """
 
 from __future__ import annotations

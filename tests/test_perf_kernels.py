@@ -108,7 +108,7 @@ def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
     assert rules.loc["no register spills anywhere", "met"] == "NO"
     assert "sm_90 prepare_rows: bfloat16, D = 64" in rules.loc["no register spills anywhere", "where not"]
     assert rules.loc[kernels.OVERLAP, "met"] == "NO"
-    assert rules.loc["no product with dL/dz waits for main memory at D >= 256", "met"] == "NO"
+    assert rules.loc[kernels.NO_WAIT, "met"] == "NO"
 
 
 KNOWN = "no, a known limit"
@@ -119,6 +119,18 @@ KNOWN = "no, a known limit"
 def test_only_shared_memory_may_bound_sm_100(audited: pd.DataFrame, bound: str, met: str) -> None:
     none = pd.DataFrame(columns=["target", "dtype", "epilogue", "spills", "overlapped"])
     rules = kernels.budgets(audited.assign(target="sm_100", bound_by=bound), none).set_index("budget")
+    assert rules.loc[kernels.MATRIX_LARGEST, "met"] == met
+
+
+@once
+@pytest.mark.parametrize(("d", "memory", "met"), [(256, 1.1, KNOWN), (256, 1.3, "NO"), (512, 1.1, "NO")])
+def test_only_a_narrow_d_may_wait_for_main_memory(audited: pd.DataFrame, d: int, memory: float, met: str) -> None:
+    none = pd.DataFrame(columns=["target", "dtype", "epilogue", "spills", "overlapped"])
+    lines = audited[(audited["D"] == 512) & (audited["target"] == "sm_90")]
+    bound = lines["bound_by"].where(lines["kernel"] != "weigh_chunk", "memory")
+    slow = lines.assign(D=d, N=16, memory_cycles=memory * lines["matrix_cycles"] / 0.8, bound_by=bound)
+    rules = kernels.budgets(slow, none).set_index("budget")
+    assert rules.loc[kernels.NO_WAIT, "met"] == met
     assert rules.loc[kernels.MATRIX_LARGEST, "met"] == met
 
 
