@@ -400,12 +400,13 @@ def write(frame: pd.DataFrame, others: pd.DataFrame, predicted: pd.DataFrame, ra
     columns = ["target", "kernel", "block", "warps", "stages", "registers", "spills", "shared_memory", "blocks",
                "matrix_kind", "loads_ahead", "exp2", "matrix_cycles", "exp_cycles", "issue_cycles", "shared_cycles",
                "bound_by", "predicted_us"]  # fmt: skip
-    text = f"""# The kernels, compiled and costed; not run on a GPU
+    text = f"""# The kernels, compiled and costed without a GPU
 
 Written by `python -m perf audit` on {time.strftime("%Y-%m-%d")} with triton {triton.__version__}.
 Every kernel was compiled by Triton for each target as the stream launches it, and read back as machine code. **Nothing
 here was measured on a GPU**: times are predicted by the model of `perf/static.py` from the published rates of
-`perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak.
+`perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak. What an H200 made of its predictions is in
+[gpu-h200](gpu-h200/verdict.csv).
 
 ## Budgets
 
