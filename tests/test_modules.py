@@ -32,14 +32,14 @@ def test_head_is_the_function():
     class_weight = torch.rand(131)
     head = tm.MarginSoftmaxLoss(
         8, 131, tm.L2Softmax(s=16.0), bias=True, class_weight=class_weight, label_smoothing=0.1, reduction="sum",
-        ignore_index=3, retain_bytes=1000,
+        ignore_index=3, retain_bytes=1000, chunk_bytes=1 << 12,
     )  # fmt: skip
     torch.nn.init.normal_(head.bias)
     target[1] = 3
     loss, stats = head(x, target, return_stats=True)
     expected, expected_stats = tm.margin_cross_entropy(
         x, head.weight, target, head.margin, bias=head.bias, class_weight=class_weight, label_smoothing=0.1,
-        reduction="sum", ignore_index=3, return_stats=True,
+        reduction="sum", ignore_index=3, return_stats=True, chunk_bytes=1 << 12,
     )  # fmt: skip
     assert torch.equal(loss, expected)
     for ours, other in zip(stats, expected_stats, strict=True):
@@ -48,8 +48,20 @@ def test_head_is_the_function():
     sampled = head(x, target, class_ids=ids)
     assert torch.equal(sampled, tm.margin_cross_entropy(
         x, head.weight, target, head.margin, bias=head.bias, class_ids=ids, class_weight=class_weight,
-        label_smoothing=0.1, reduction="sum", ignore_index=3,
+        label_smoothing=0.1, reduction="sum", ignore_index=3, chunk_bytes=1 << 12,
     ))  # fmt: skip
+
+
+def test_a_heads_chunks_are_as_large_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "tritonmargin.functional.stream", lambda *_, chunk_bytes, **__: seen.append(chunk_bytes) or 1 / 0
+    )
+    for size in (None, 1 << 20):
+        with pytest.raises(ZeroDivisionError):
+            tm.MarginSoftmaxLoss(8, 131, chunk_bytes=size)(*batch())
+    assert seen == [0, 1 << 20]
+    assert "chunk_bytes=1048576" in repr(tm.MarginSoftmaxLoss(8, 131, chunk_bytes=1 << 20))
 
 
 def test_defaults():

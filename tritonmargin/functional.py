@@ -82,8 +82,10 @@ def margin_cross_entropy(
         reduction: "mean" (divided by the kept samples' class weights; nan if none is kept), "sum", "none" ([N]).
         objective: see above.
         sparse_grad: the gradient of weight is a sparse COO tensor of the walked rows only.
-        retain_bytes: keep up to so many bytes of logits from forward to backward, which then need not be recomputed.
-        chunk_bytes: how much memory a chunk of classes may take; default: a third of the last-level cache.
+        retain_bytes: keep up to so many bytes of logits from forward to backward, which then need not be recomputed;
+            whole chunks of them.
+        chunk_bytes: how much memory a chunk of classes may take; default: a third of the last-level cache on a CPU; on
+            a GPU that of a quarter of the classes, between 64 and 512 MB and at most a 128th of the GPU's.
         return_stats: also return `Stats`, from the same pass.
         logq_correction: class_ids are a uniform sample of S classes that holds the P distinct targets: adds
             log((C - P)/(S - P)) to the logits of the walked classes that are nobody's target, so that the sum of

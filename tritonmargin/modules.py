@@ -53,6 +53,7 @@ class MarginSoftmaxLoss(nn.Module):
         bias: whether logits have a bias. Its gradient is dense, and an optimizer's momentum and decay move all of it.
         sparse_grad: the gradient of `weight` is sparse, with the walked rows only.
         retain_bytes: bytes of logits that may be kept from forward to backward (faster, more memory).
+        chunk_bytes: how much memory a chunk of classes may take, see `tm.margin_cross_entropy`.
         process_group: a `torch.distributed` process group to shard the classes over.
         gradient_for: "ddp", the default under a process group: the gradient of embeddings is the number of ranks
             times that of the loss, since DistributedDataParallel and FSDP divide a backbone's gradients by it. "sum":
@@ -88,6 +89,7 @@ class MarginSoftmaxLoss(nn.Module):
         bias: bool = False,
         sparse_grad: bool = False,
         retain_bytes: int = 0,
+        chunk_bytes: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         gradient_for: str = "ddp",
         on_nonfinite: str | None = None,
@@ -114,6 +116,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.logq_correction = logq_correction
             self.sparse_grad = sparse_grad
             self.retain_bytes = retain_bytes
+            self.chunk_bytes = chunk_bytes
             self.on_nonfinite = on_nonfinite
             self.ignore_index = ignore_index
             self.label_smoothing = label_smoothing
@@ -205,7 +208,7 @@ class MarginSoftmaxLoss(nn.Module):
             objective=self.objective,
             sparse_grad=self.sparse_grad,
             retain_bytes=self.retain_bytes,
-            chunk_bytes=None,
+            chunk_bytes=self.chunk_bytes,
             return_stats=return_stats,
             logq_correction=self.logq_correction and ids is not None,
             updater=self._updater,
@@ -307,6 +310,7 @@ class MarginSoftmaxLoss(nn.Module):
             "ignore_index": (self.ignore_index, -100),
             "sparse_grad": (self.sparse_grad, False),
             "retain_bytes": (self.retain_bytes, 0),
+            "chunk_bytes": (self.chunk_bytes, None),
             "on_nonfinite": (self.on_nonfinite, None),
         }
 

@@ -42,7 +42,7 @@ def chunk_of(ops: ModuleType, x: Tensor, dtype: torch.dtype, classes: int, chunk
 
 @functools.cache
 def cache_bytes() -> int:
-    """The default byte budget of a chunk: a third of the last-level cache, 8 MB where that is unknown."""
+    """The default byte budget of a chunk on a CPU: a third of the last-level cache, 8 MB where that is unknown."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
         return int(size.removesuffix("K")) * 1024 // 3
