@@ -300,6 +300,8 @@ def tune_command(
         known_device(device)
     with saying() as say:
         if measured:
+            if target or dtype or device != "none":
+                raise typer.BadParameter("it says for which target and dtype it is", param_hint="--measured")
             frame = tune.tune_from(measured)
         elif device == "none":
             frame = tune.tune(target or list(GPUS), dtypes, say)
@@ -363,9 +365,8 @@ def gate_command(
             passed = gate.judge(out) if judge else gate.run(out, dry_run, minutes, say)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(
-        f"wrote {out / 'gate.html'}: {'every step done' if passed else 'not every step done'}", highlight=False
-    )
+    done = "judged" if judge and passed else "every step done" if passed else "not every step done"
+    console.print(f"wrote {out / 'gate.html'}: {done}", highlight=False)
     raise typer.Exit(0 if passed else 1)
 
 

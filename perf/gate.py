@@ -32,6 +32,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,7 @@ import torch
 import torch.nn.functional as F
 
 import tritonmargin as tm
-from perf import kernels, static, tune
+from perf import kernels, machine, static, tune
 from perf.clock import seconds, synchronise
 from perf.gpus import Gpu, card
 from perf.problem import Problem
@@ -184,7 +185,8 @@ def environment(gate: Gate) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()), "python": platform.python_version(),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
-        "tritonmargin": tm.__version__, "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tritonmargin": tm.__version__, "commit": machine.commit(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }  # fmt: skip
     if gate.dry:
         return facts | {"gpu": "none: a dry run", "target": "sm_90"}
@@ -222,11 +224,14 @@ def run_tests(gate: Gate, report: str, files: list[str], chosen_if_dry: str, mos
     environment = os.environ | {"TRITONMARGIN_TESTS": "ttsem-90" if gate.dry else "cuda", "PYTHONUNBUFFERED": "1"}
     path, code = gate.out / report, None
     with path.open("w") as file:
+        options: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(call, cwd=ROOT, env=environment, **options)
         try:
-            code = subprocess.run(
-                call, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=min(most, gate.left)
-            ).returncode
+            code = process.wait(min(most, gate.left))
         except subprocess.TimeoutExpired:
+            # Its workers too: what is measured next has the GPU for itself.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             file.write(f"\n{UP}\n")
     said = path.read_text(errors="replace")
     last = [line for line in said.splitlines() if " passed" in line or " failed" in line]
@@ -288,7 +293,7 @@ def rate(gate: Gate) -> dict[str, float]:
         name = what if dtype == torch.bfloat16 else f"{what}, float32"
         left, right = (torch.randn(*shape, device=gate.device).to(dtype) for shape in (a, b))
         out = torch.empty(a[0], b[1], dtype=dtype, device=gate.device)
-        taken = median(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), gate)
+        taken = alone(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), gate)
         made[name] = 2.0 * n * d * k / taken
     return made
 
@@ -388,6 +393,7 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
 
 def median(call: Callable[[], Any], gate: Gate) -> float:
     """Seconds, after a warm-up; of fewer rounds where a call takes long."""
+    call()
     device = "cpu" if gate.dry else gate.device
     rounds = 1 if gate.dry else max(3, min(20, int(1.0 / max(seconds(call, device)[0], 1e-9))))
     return statistics.median(seconds(call, device)[0] for _ in range(rounds))
@@ -464,6 +470,15 @@ def chunks(gate: Gate) -> list[dict[str, Any]]:
             return kept | {"failed": f"{type(error).__name__}: {error}"[:300]}
 
     return measured(asked, gate.result("chunks"), row, lambda: gate.left, lambda rows: gate.keep("chunks", rows))
+
+
+def alone(call: Callable[[], Any], gate: Gate) -> float:
+    """Seconds of a short kernel in a CUDA graph of many: between two events its launch would count as well."""
+    if gate.dry:
+        return median(call, gate)
+    import triton.testing
+
+    return 1e-3 * float(triton.testing.do_bench_cudagraph(call, return_mode="median"))
 
 
 def search(gate: Gate) -> list[dict[str, Any]]:
@@ -576,9 +591,9 @@ def page(state: dict[str, Any]) -> str:
 
 def judge(out: Path) -> bool:
     """The verdict on what an earlier run measured, by the predictions of today: it needs no GPU."""
+    if not (out / "gate.json").exists():
+        raise ValueError(f"{out} holds no gate.json")
     gate = Gate(out, dry=False, minutes=1.0)
-    if not gate.result("environment"):
-        raise ValueError(f"{out} holds no results of a GPU")
     gate.step("verdict")
     return bool(gate.state["steps"]["verdict"]["status"] == "done")
 

@@ -8,6 +8,7 @@ dense (no sparsity), per clock and processor, at the boost clock for which the v
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -61,7 +62,7 @@ H200 = GPUS["sm_90"]._replace(name="H200 SXM", memory=4.8e12, capacity=141e9)
 
 def card(target: str, name: str) -> Gpu | None:
     """The numbers of a GPU by what it is compiled for and what its driver calls it."""
-    return H200 if "H200" in name else GPUS.get(target)
+    return H200 if re.search(r"\bH200\b", name) else GPUS.get(target)
 
 
 class Node(NamedTuple):

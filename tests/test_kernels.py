@@ -168,25 +168,24 @@ def running(n: int, k: int, like: Tensor, bounded: bool = False, threshold: Tens
 @sizes
 @dtypes
 def test_reduce_chunk(dtype: torch.dtype, size: str, path: str, keep: bool) -> None:
-    """Two chunks folded one after the other, the second shorter by one class."""
+    """Two chunks folded one after the other, the second shorter by one class and its scratch the tile where it may."""
     n, k, d = SIZES[size]
     x, rows, target = operands(n, k, d, dtype)
     bias = random(k, seed=3, dtype=dtype) if path == "online with bias" else None
     threshold = random(n, seed=4) if path == "hinge" else None
     run = running(n, k, x, path == "bounded", threshold)
     found = []
-    for start, last in ((3, k), (3 + k, max(1, k - 1))):
+    for start, last, apart in ((3, k, True), (3 + k, max(1, k - 1), False)):
         tile = unwritten_tile(n, last, dtype)
+        scratch = unwritten_tile(n, last, dtype) if apart else tile
         b = None if bias is None else bias[:last]
-        triton_ops.reduce_chunk(
-            rows[:last], x, b, target, start, path == "bounded", tile, unwritten_tile(n, last, dtype), keep, run
-        )
+        triton_ops.reduce_chunk(rows[:last], x, b, target, start, path == "bounded", tile, scratch, keep, run)
         z = logits(x, rows[:last], b, target, start)
         found.append(z)
         kept = z.exp2() if path == "bounded" else z
         if keep:
             close(tile.t(), kept, dtype)
-        else:
+        elif apart:
             assert tile.isnan().all()
     z = torch.cat(found, dim=1)
     rounded = dtype if keep and path != "bounded" else torch.float32

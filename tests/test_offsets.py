@@ -115,6 +115,18 @@ def tile_that_is_kept(ops: ModuleType) -> None:
     assert tile[:N].equal(above(x, rows))
 
 
+def products_of_a_chunk(ops: ModuleType) -> None:
+    """Made elsewhere, and read."""
+    z, tile = small(6), empty(torch.int8)
+    own = torch.full((N,), -1, device=DEVICE)
+    ops.call(
+        ops.tile_kernel, 1, lines(z), None, None, own, torch.zeros(N, device=DEVICE), None, (tile, D, None, None),
+        N, D, 0, LINE, D, 1, EPILOGUE=ops.weigh_tile, OPTIONS=ops.SHARES["hinge"], READY=False, DESCRIPTORS=False,
+        PRECISION="ieee", SPECIALISED=False, D=1, BLOCK_N=16, BLOCK_C=16, BLOCK_D=16, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    assert tile.equal((z > 0).to(torch.int8))
+
+
 def share_of_a_chunk(ops: ModuleType) -> None:
     x, rows = small(2, torch.float16), small(3, torch.float16)
     own, tile = torch.full((N,), -1, device=DEVICE), far_tile()
@@ -134,7 +146,7 @@ def numbers_of_a_slot(ops: ModuleType) -> None:
     x, rows, own = last_tile_only(n)
     total = torch.zeros(9, n, dtype=torch.int8, device=DEVICE)
     run = (total, None, None, None, None, None)
-    ops.launch(rows.expand(9 * block, D), x, None, own, 0, None, None, run, ops.reduce_tile, True, False, False)
+    ops.launch(rows.expand(9 * block, D), x, None, own, 0, None, None, rows, run, ops.reduce_tile, True, False, False)
     assert total[-1, -block:].equal(torch.full((block,), 2 * block, dtype=torch.int8, device=DEVICE))  # 2^z = 2
     assert not total[:-1, -block:].any()
     assert not total[0, :block].any()
@@ -148,7 +160,7 @@ def class_sums_of_a_tile(ops: ModuleType) -> None:
     sums = torch.zeros(n // block, k, dtype=torch.int8, device=DEVICE)
     shift, factor = (torch.full((n,), value, device=DEVICE) for value in (0.0, 1.0))
     out, options = (share, 0, factor, sums), ops.SHARES["hinge"]
-    ops.launch(rows.expand(k, D), x, None, own, 0, shift, None, out, ops.weigh_tile, options, False, False)
+    ops.launch(rows.expand(k, D), x, None, own, 0, shift, None, rows, out, ops.weigh_tile, options, False, False)
     assert sums[-1, -block:].equal(torch.full((block,), block, dtype=torch.int8, device=DEVICE))
     assert not sums[0].any()
 
@@ -210,6 +222,7 @@ OFFSETS: dict[Callable[[ModuleType], None], tuple[str, str]] = {
     columns_of_w: ("d[None, :].to(tl.int64) * stride_column", "d[None, :] * stride_column"),
     rows_that_are_stored: ("out = row[:, None] * stride_rows", "out = row[:, None].to(tl.int32) * stride_rows"),
     samples: ("x + sample[:, None].to(tl.int64) *", "x + sample[:, None] *"),
+    products_of_a_chunk: ("far = sample[:, None].to(tl.int64) *", "far = sample[:, None] *"),
     rows_of_a_chunk: ("rows + row[:, None].to(tl.int64) *", "rows + row[:, None] *"),
     tile_that_is_kept: ("sample[:, None].to(tl.int64) * stride_tile", "sample[:, None] * stride_tile"),
     share_of_a_chunk: ("sample[:, None].to(tl.int64) * stride_share", "sample[:, None] * stride_share"),

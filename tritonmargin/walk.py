@@ -93,7 +93,7 @@ class Walk:
         self.tile_buffer = self.ops.new_tile(self.x, self.chunk, dtype)
 
     def scratch(self, separate: bool) -> Tensor:
-        """A tile in the precision of sums: the tile itself if it has it and may be overwritten, or nobody needs one."""
+        """A tile in the precision of sums: the tile itself where it has it and may be overwritten."""
         if self.ops.FUSED or (self.tile_buffer.dtype == self.acc and not separate):
             return self.tile_buffer
         return self.ops.new_tile(self.x, self.chunk, self.acc)

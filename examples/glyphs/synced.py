@@ -25,6 +25,8 @@ class SyncedBatchNorm(nn.Module):
 
     def __init__(self, like: _BatchNorm, group: dist.ProcessGroup) -> None:
         super().__init__()
+        if not like.affine or not like.track_running_stats or like.momentum is None:
+            raise ValueError(f"a BatchNorm with weights and running means is expected, got {like}")
         self.weight, self.bias = like.weight, like.bias
         self.eps, self.momentum, self.group = like.eps, like.momentum, group
         for name, buffer in like.named_buffers():
@@ -48,6 +50,8 @@ def statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[float, Tensor, Tens
     sums = torch.cat([wide.sum(over), torch.tensor([float(x.numel() // x.shape[1])])])
     dist.all_reduce(sums, group=group)
     count = float(sums[-1])
+    if count < 2:
+        raise ValueError("the variance of one number a channel is not defined")
     mean = sums[:-1] / count
     squares = (wide - along(mean, x)).square().sum(over)
     dist.all_reduce(squares, group=group)

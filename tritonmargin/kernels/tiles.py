@@ -73,9 +73,9 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: i
     D = 512, C = 10^6, bfloat16; reports/gpu-h200) chunks that stay in the cache were the slowest, launched one by one
     and in a CUDA graph: dL/dz through main memory costs less than more and smaller products. So chunks are as large as
     memory is cheap: a quarter of the classes, but no less than `LEAST` bytes, and no more than `MOST` or a `SHARE`th of
-    the GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), and never
-    below one. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see another
-    setting than forward.
+    the GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), or to whole
+    tiles where no wave fits. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see
+    another setting than forward.
     """
     tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
     across = max(1, (n + tile.block_n - 1) // tile.block_n)
@@ -83,7 +83,8 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: i
     wave = max(1, programs // across) * tile.block_c
     per_class = (n + 2 * d) * dtype.itemsize
     fitting = min(MOST, device.memory // SHARE, max(LEAST, per_class * classes // 4)) // per_class
-    return max(1, fitting // wave) * wave
+    unit = wave if fitting >= wave else tile.block_c
+    return max(1, fitting // unit) * unit
 
 
 def row_block(d: int) -> tuple[int, int, int]:

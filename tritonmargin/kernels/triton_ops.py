@@ -1,5 +1,7 @@
 """The four functions of a backend, as Triton kernels: `torch_ops` with every pass over the tile in registers.
 
+(But for float32 that is multiplied as it is: torch makes the product, and the tile kernel reads it, see `by_library`.)
+
     prepare_rows   w'_j = w_j / |w_j|, in the compute dtype                   prepare_kernel, row-wise
     reduce_chunk   z = x w'^T tile by tile, folded into numbers per sample    tile_kernel with reduce_tile
     weigh_chunk    z again, and P = dL/dz from it                             tile_kernel with weigh_tile
@@ -41,7 +43,7 @@ from tritonmargin.kernels.variants import (
     softmax_term,
 )
 
-# Elementwise work costs no pass over memory here: no second tile for it, no rows beside those of the products.
+# Elementwise work needs no memory here: no second tile for it, no rows beside those of the products.
 FUSED = True
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -202,7 +204,8 @@ def tile_kernel(
             z = tl.load(tile + place, mask=mask, other=-float("inf")).to(tl.float32)
         else:
             if rows is None:
-                z = tl.load(x + sample[:, None].to(tl.int64) * stride_x + column[None, :], mask=mask, other=0.0)
+                far = sample[:, None].to(tl.int64) * stride_x + column[None, :]
+                z = tl.load(x + far, mask=mask, other=0.0).to(tl.float32)
             else:
                 z = product(x, rows, first_n, first_c, n, k, stride_x, stride_rows, DESCRIPTORS, PRECISION, D,
                             BLOCK_N, BLOCK_C, BLOCK_D)  # fmt: skip
@@ -388,10 +391,11 @@ def launch(
     count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
     if not count:
         return
-    described = tiles.descriptors and not ready and can_describe(x) and can_describe(rows)
+    library = by_library(x.dtype, how) and not ready
+    described = tiles.descriptors and not (ready or library) and can_describe(x) and can_describe(rows)
     a: Any = x
     b: Any = rows
-    if by_library(x.dtype, how) and not ready:
+    if library:
         a, b, d = torch.mm(x, rows.t(), out=room.t()), None, 1
     stride = a.stride(0)
     if described:
@@ -457,10 +461,10 @@ def precision(dtype: torch.dtype, target: str) -> str:
 
 
 def by_library(dtype: torch.dtype, precision: str) -> bool:
-    """Whether cuBLAS makes the product, and the kernel what follows from it.
+    """Whether torch makes the product (on a GPU by cuBLAS or hipBLASLt), and the kernel what follows from it.
 
     No matrix unit multiplies float32 as it is, and kernels of Triton are slow at it without one: on an H200 a step with
-    products of ours took twice as long as full logits with cuBLAS's (reports/gpu-h200/first).
+    products of ours took 21.7 ms where full logits with cuBLAS's took 11.7 (reports/gpu-h200/first, C = 100,000).
     """
     return dtype == torch.float32 and precision == "ieee"
 
