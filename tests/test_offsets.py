@@ -6,7 +6,8 @@ times: 10 GB, and 18 where rows have a state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,13 @@ from tritonmargin.kernels.updates import RowUpdate
 LINE = (1 << 30) + 16
 D, N = 32, 3
 OPERANDS = torch.float8_e5m2
+
+
+@pytest.fixture(autouse=True)
+def freed() -> Iterator[None]:
+    """A test before may have ended with an exception, which holds gigabytes until somebody looks for cycles."""
+    gc.collect()
+    yield
 
 
 def lines(content: Tensor) -> Tensor:  # [3, D]
