@@ -7,7 +7,7 @@ times: 10 GB, and 18 where rows have a state.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +33,9 @@ OPERANDS = torch.float8_e5m2
 
 
 @pytest.fixture(autouse=True)
-def freed() -> Iterator[None]:
+def freed() -> None:
     """A test before may have ended with an exception, which holds gigabytes until somebody looks for cycles."""
     gc.collect()
-    yield
 
 
 def lines(content: Tensor) -> Tensor:  # [3, D]
