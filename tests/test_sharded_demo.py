@@ -75,7 +75,7 @@ def three_steps(network: torch.nn.Module, own: slice) -> list[Tensor]:
     """Outputs for the own samples after three steps, gradients of the sum over them, buffers, and outputs in eval."""
     random = torch.Generator().manual_seed(1)
     for _ in range(3):
-        x, along = torch.randn(10, 1, 8, 8, generator=random), torch.randn(10, 8, generator=random)
+        x, along = (torch.randn(10, *shape, generator=random, device="cpu") for shape in ((1, 8, 8), (8,)))
         network.zero_grad()
         found = network(x[own])
         (found * along[own]).sum().backward()
