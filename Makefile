@@ -34,7 +34,7 @@ test: $(VENV)/test.done
 test-all: $(VENV)/test.done
 	$(PYTEST) $(ARGS)
 	for machine in ttsem-80 ttsem-90 ttsem-100; do \
-		TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_offsets.py tests/test_functional.py tests/test_op.py \
+		TRITONMARGIN_EVERY=1 TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_offsets.py tests/test_functional.py tests/test_op.py \
 			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py tests/test_optim.py || exit 1; \
 	done
 	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)

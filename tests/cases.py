@@ -23,6 +23,7 @@ from tritonmargin.objectives import OBJECTIVES
 # The machine of this run (see conftest.py), and the backends that work there.
 MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
 BACKENDS = ["torch"] if MACHINE == "cpu" else ["triton"]
+EVERY = not MACHINE.startswith("ttsem") or os.environ.get("TRITONMARGIN_EVERY") == "1"
 DEVICE = "cpu" if MACHINE in ("cpu", "interpreter") else "cuda"
 
 # Fake tensors, compiled graphs and what autograd does on its own are real on a CPU and on a GPU.
@@ -107,11 +108,11 @@ def at_angle(cosine: Tensor, own: Tensor, aside: Tensor) -> Tensor:  # [N], [N, 
 def combinations(names: tuple[str, ...], *axes: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrised by every combination; where kernels are executed on a CPU, 0.1 s a launch, by every second one.
 
-    Neighbours take turns along each axis: of three, any two values of two of them still meet.
+    By all of them there too with TRITONMARGIN_EVERY=1, as `make test-all` asks for. Else neighbours take turns along each axis: of three, any two values of two of them still meet.
     """
     found = []
     for numbered in itertools.product(*map(enumerate, axes)):
-        if not MACHINE.startswith("ttsem") or sum(place for place, _ in numbered) % 2 == 0:
+        if EVERY or sum(place for place, _ in numbered) % 2 == 0:
             found.append(tuple(value for _, value in numbered))
     return pytest.mark.parametrize(names, found)
 
