@@ -108,7 +108,8 @@ def at_angle(cosine: Tensor, own: Tensor, aside: Tensor) -> Tensor:  # [N], [N, 
 def combinations(names: tuple[str, ...], *axes: Iterable[str]) -> pytest.MarkDecorator:
     """Parametrised by every combination; where kernels are executed on a CPU, 0.1 s a launch, by every second one.
 
-    By all of them there too with TRITONMARGIN_EVERY=1, as `make test-all` asks for. Else neighbours take turns along each axis: of three, any two values of two of them still meet.
+    By all of them there too with TRITONMARGIN_EVERY=1, as `make test-all` asks for. Else neighbours take turns along
+    each axis: of three, any two values of two of them still meet.
     """
     found = []
     for numbered in itertools.product(*map(enumerate, axes)):
