@@ -47,7 +47,7 @@ class Size(NamedTuple):
 
 def elsewhere(dtype: str) -> bool:
     """Whether the library makes the products, and the tile kernels only read them."""
-    return triton_ops.by_library(DTYPES[dtype], "tf32" if dtype == "tf32" else "ieee")
+    return tiles.by_library(DTYPES[dtype], "tf32" if dtype == "tf32" else "ieee")
 
 
 def chunk_of(gpu: Gpu, dtype: str, n: int, d: int, c: int = C) -> int:
@@ -201,6 +201,14 @@ def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any
     }  # fmt: skip
 
 
+def dlogits_bytes(gpu: Gpu, size: Size) -> float:
+    """Of dL/dz through main memory for a logit: written once, read by both products."""
+    left = size.k * size.d * size.itemsize
+    moved = main_memory_bytes("weigh_chunk", size, gpu) + main_memory_bytes("products", size, gpu)
+    fits = main_memory_bytes("products", size, gpu) == 0
+    return 0.0 if fits else (moved - 3 * left) / (size.n * size.k)
+
+
 def products_wait(gpu: Gpu, size: Size) -> bool:
     """Whether dX and A of a chunk take longer to move than to multiply."""
     flops = 2 * 2.0 * size.n * size.d * size.k
@@ -226,6 +234,7 @@ SUSTAINED_ONLY = f"""\
 The matrix units are the largest term at the rate that they are taken to sustain: their published cycles are divided by
 {static.SUSTAINED}, those of shared memory are taken as published. By published cycles alone, shared memory takes 1.125
 (sm_80, gfx942) to 1.25 times (sm_90, so that the two are equal here) as long as the matrix units in 16 bits."""
+IN_CACHE = "dL/dz at most 2 bytes per logit through main memory"
 NO_WAIT = "no product with dL/dz waits for main memory at D >= 256"
 NO_SPILL, OVERLAPPED = "no register spills in any epilogue", "two blocks a processor with any epilogue"
 
@@ -250,6 +259,15 @@ NARROW = (
     "and by their smaller products."
 )
 LIMITS = (
+    *(
+        Limit(
+            target, IN_CACHE, lambda line: True,
+            "all targets: dL/dz of a chunk larger than the cache is written once and read by both products, 6 bytes a "
+            "logit in 16 bits, 12 in TF32, 20 in float32, whose product is written and read too. Chunks inside the "
+            "cache keep the budget and were slower on the H200, one by one and in a CUDA graph (reports/gpu-h200).",
+        )
+        for target in TARGETS
+    ),
     Limit("sm_90", NO_WAIT, narrow, f"sm_90: {NARROW.format(15)} With the memory of an H200 it does not."),
     Limit("sm_100", NO_WAIT, narrow, f"sm_100: {NARROW.format(10)}"),
     Limit(
@@ -298,6 +316,10 @@ def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     tiled = frame[frame["kernel"].isin(TILED)]
     low = tiled[tiled["dtype"] != "float32"]
     wide = low[low["D"] >= 256]
+    all_weighing = frame[frame["kernel"] == "weigh_chunk"]
+    per_logit = [
+        dlogits_bytes(GPUS[at.target], Size(at.N, at.D, at.chunk, at.dtype)) for at in all_weighing.itertuples()
+    ]
     weighing = wide[wide["kernel"] == "weigh_chunk"]
     waits = [products_wait(GPUS[at.target], Size(at.N, at.D, at.chunk, at.dtype)) for at in weighing.itertuples()]
     rules = [
@@ -305,6 +327,7 @@ def budgets(frame: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
         ("matrix units in every tile kernel of 16-bit operands and TF32", low[low["matrix_kind"] == ""]),
         (MATRIX_LARGEST, wide[wide["bound_by"] != "matrix"]),
         (OVERLAP, wide[~wide["overlapped"].astype(bool)]),
+        (IN_CACHE, all_weighing[[each > 2.0 for each in per_logit]]),
         (NO_WAIT, weighing[waits]),
         (NO_SPILL, others[others["spills"] > 0]),
         (OVERLAPPED, others[~others["overlapped"].astype(bool)]),

@@ -23,8 +23,8 @@ from perf.gpus import Gpu
 
 SUSTAINED = 0.8
 LATENCY = 600  # cycles from the shared cache, an assumption: published measurements of A100 and H100 are 200 to 700
-# Seconds of the CPU, outside of a CUDA graph: of a launch, and of a step beside its chunks, some 200 small operations.
-# Measured on the 16-core Xeon beside an H200, where they vary by half (reports/gpu-h200: the step by its chunks).
+# Seconds of the CPU, outside of a CUDA graph: of a launch, and of a step beside its chunks, for its small operations.
+# By the step's time over its chunks beside an H200 (reports/gpu-h200/second); another host took twice that (first).
 LAUNCH, STEP = 50e-6, 7e-3
 
 

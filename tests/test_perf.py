@@ -429,6 +429,7 @@ def test_the_losses_of_samples_are_written(tmp_path: Path) -> None:
         ("run --classes 1e4 --dtype fp8", "dtypes are among float32"),
         ("run --classes 1e4 --providers nobody", "no provider 'nobody'"),
         ("run --tiny --device tpu", "'tpu' is not among cpu, cuda"),
+        ("tune --measured search.csv --target sm_90", "it says for which target and dtype it is"),
         ("readme --out missing", "no results in missing"),
         ("report --out missing", "no results in missing"),
         ("report --out damaged", "a file in damaged is damaged"),

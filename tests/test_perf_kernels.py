@@ -94,10 +94,15 @@ def test_every_epilogue_is_compiled_with_hardly_a_spill_and_two_to_a_processor()
     assert (found.loc[~found.index.isin(alone), "registers"] <= 128).all()
 
 
+KNOWN = "no, a known limit"
+
+
 @once
 def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
     fine = pd.DataFrame([{"target": "sm_90", "dtype": "bfloat16", "epilogue": "any", "spills": 0, "overlapped": True}])
-    assert (kernels.budgets(audited, fine)["met"] == "yes").all()
+    met = kernels.budgets(audited, fine).set_index("budget")["met"]
+    assert met.pop(kernels.IN_CACHE) == KNOWN
+    assert (met == "yes").all()
     others = kernels.budgets(audited, fine.assign(spills=8, overlapped=False, target="sm_80")).set_index("budget")
     assert others.loc[[kernels.NO_SPILL, kernels.OVERLAPPED], "met"].tolist() == ["NO", "NO"]
     assert others.loc[kernels.NO_SPILL, "where not"] == "sm_80 any: bfloat16"
@@ -111,9 +116,6 @@ def test_budgets_say_where_they_are_broken(audited: pd.DataFrame) -> None:
     assert "sm_90 prepare_rows: bfloat16, D = 64" in rules.loc["no register spills anywhere", "where not"]
     assert rules.loc[kernels.OVERLAP, "met"] == "NO"
     assert rules.loc[kernels.NO_WAIT, "met"] == "NO"
-
-
-KNOWN = "no, a known limit"
 
 
 @once
@@ -313,6 +315,14 @@ def test_what_a_gpu_left_is_judged_elsewhere(tmp_path: Path) -> None:
     of_tiles = found.loc["tile_kernel of a step, ms, N=1024 D=512 C=1000000"]
     rows = json.loads(held.read_text())["steps"]["profile"]["result"]
     assert of_tiles["measured"] == next(row["microseconds"] for row in rows if row["what"] == "tile_kernel") / 1e3
+
+
+def test_dlogits_move_six_bytes_past_the_cache_and_none_inside() -> None:
+    h100 = GPUS["sm_90"]
+    assert kernels.dlogits_bytes(h100, kernels.Size(1024, 512, 131_072, "bfloat16")) == 6.0
+    assert kernels.dlogits_bytes(h100, kernels.Size(1024, 512, 131_072, "tf32")) == 12.0
+    assert kernels.dlogits_bytes(h100, kernels.Size(1024, 512, 131_072, "float32")) == 20.0
+    assert kernels.dlogits_bytes(h100, kernels.Size(1024, 512, 8_448, "bfloat16")) == 0.0
 
 
 def test_a_card_is_known_by_its_name() -> None:

@@ -1,6 +1,7 @@
 """The four functions of a backend, as Triton kernels: `torch_ops` with every pass over the tile in registers.
 
-(But for float32 that is multiplied as it is: torch makes the product, and the tile kernel reads it, see `by_library`.)
+(But for float32 that is multiplied as it is: torch makes the product, and the tile kernel reads it, see
+`tiles.by_library`.)
 
     prepare_rows   w'_j = w_j / |w_j|, in the compute dtype                   prepare_kernel, row-wise
     reduce_chunk   z = x w'^T tile by tile, folded into numbers per sample    tile_kernel with reduce_tile
@@ -33,7 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmargin.kernels import KernelError
-from tritonmargin.kernels.tiles import Tiles, default_chunk, device_of, pick_tiles, row_block
+from tritonmargin.kernels.tiles import Tiles, by_library, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
 from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed, store_rounded
 from tritonmargin.kernels.variants import (
@@ -458,15 +459,6 @@ def precision(dtype: torch.dtype, target: str) -> str:
     if dtype != torch.float32 or (target.startswith("gfx") and target != "gfx942"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def by_library(dtype: torch.dtype, precision: str) -> bool:
-    """Whether torch makes the product (on a GPU by cuBLAS or hipBLASLt), and the kernel what follows from it.
-
-    No matrix unit multiplies float32 as it is, and kernels of Triton are slow at it without one: on an H200 a step with
-    products of ours took 21.7 ms where full logits with cuBLAS's took 11.7 (reports/gpu-h200/first, C = 100,000).
-    """
-    return dtype == torch.float32 and precision == "ieee"
 
 
 # -- finish_rows -------------------------------------------------------------------------------------------------
