@@ -203,6 +203,8 @@ def heads_of_any_ranks(rank, folder):
         for readers in groups:
             if rank < readers:
                 head, optimizer, state = trained(groups[readers], 1)
+                for tensors in (state["head"], *state["optimizer"]["state"].values()):
+                    assert all(isinstance(tensor, DTensor) for tensor in tensors.values())
                 load(f"{folder}/{writers}", state, group=groups[readers])
                 head.load_state_dict(state["head"])
                 optimizer.load_state_dict(state["optimizer"])

@@ -29,7 +29,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     The weight starts as N(0, 0.01), as in the face recognition recipes, and the bias as 0. The state dict holds
     `weight` and, if there is one, `bias`, `class_weight`, and the sampler's two numbers `sampler`; never the margin's
-    numbers.
+    numbers. Under a process group all of them are DTensors: rows of all classes, and the sampler that all ranks hold.
 
     **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step walks the classes of the
     batch and random others, round(sample_rate C) in all or more if the batch has more, drawn anew in every forward.
@@ -265,6 +265,8 @@ class MarginSoftmaxLoss(nn.Module):
             own = destination.get(prefix + name)
             if own is not None:
                 destination[prefix + name] = self.shard.as_dtensor(own.detach())
+        if self.sampler is not None:
+            destination[prefix + "sampler"] = self.shard.as_replica(self.sampler.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = dict(state_dict)
@@ -278,10 +280,9 @@ class MarginSoftmaxLoss(nn.Module):
             elif self.shard is not None and isinstance(value, Tensor):
                 given[prefix + name] = value[self.shard.start : self.shard.stop]
         # Another sample rate is no other model.
-        if self.sampler is None:
-            given.pop(prefix + "sampler", None)
-        else:
-            given.setdefault(prefix + "sampler", self.sampler)
+        sampler = given.pop(prefix + "sampler", self.sampler)
+        if self.sampler is not None:
+            given[prefix + "sampler"] = sampler.full_tensor() if isinstance(sampler, DTensor) else sampler
         super()._load_from_state_dict(given, prefix, *args)
         self.mark_rows()
 

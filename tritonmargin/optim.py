@@ -171,7 +171,8 @@ class RowOptimizer(torch.optim.Optimizer):
             if shard is not None and place in saved["state"]:
                 own = saved["state"][place]
                 saved["state"][place] = {
-                    name: value if name == "step" else shard.as_dtensor(value) for name, value in own.items()
+                    name: shard.as_replica(value) if name == "step" else shard.as_dtensor(value)
+                    for name, value in own.items()
                 }
         return saved
 
@@ -393,9 +394,9 @@ def loaded_like(own: Tensor, value: Tensor, weight: Tensor, name: str) -> Tensor
     """A copy of a state dict's tensor where the optimizer has its own; a shard's rows of one of all classes."""
     shard = getattr(weight, "shard", None)
     if isinstance(value, DTensor):
-        every = (own.shape[0] if shard is None else shard.num_classes, *own.shape[1:])
+        every = own.shape if shard is None or not own.ndim else (shard.num_classes, *own.shape[1:])
         if value.shape != every:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {every}")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(every)}")
         value = value.to_local() if shard is not None else value.full_tensor()
     if shard is not None and value.shape[:1] == (shard.num_classes,):
         value = value[shard.start : shard.stop]

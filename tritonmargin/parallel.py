@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
 GRADIENT_FOR = ("ddp", "sum")
@@ -275,6 +275,10 @@ class Shard:
         stride = torch.empty(shape, device="meta").stride()
         mesh = self.mesh(own.device)
         return DTensor.from_local(own, mesh, [Split(0)], run_check=False, shape=shape, stride=stride)
+
+    def as_replica(self, own: Tensor) -> DTensor:
+        """What all ranks hold alike, as the one tensor that it is; shares its memory."""
+        return DTensor.from_local(own, self.mesh(own.device), [Replicate()], run_check=False)
 
 
 @dataclass(frozen=True)
