@@ -10,7 +10,7 @@ import torch
 from perf.grid import Case
 from perf.measure import Row
 from perf.problem import SAMPLE_RATE
-from perf.providers import class_of
+from perf.providers import class_of, split
 from perf.providers.base import STEP, WHOLE
 from perf.rates import typical
 
@@ -52,7 +52,9 @@ def needed(case: Case) -> Needed:
     and writes W and the momentum instead. A sampled step has its part of the classes.
     """
     p, kind = case.problem, class_of(case.provider)
-    part = SAMPLE_RATE if kind is not None and kind.work == "sampled" else 1.0
+    part = 1.0
+    if kind is not None and kind.work == "sampled":
+        part = float(split(case.provider)[1].get("rate", SAMPLE_RATE))
     products = {"no-grad": 1, "forward": 1, "frozen W": 2, STEP: 3, WHOLE: 3}[case.mode]
     passes = {"no-grad": 1, "forward": 1, "frozen W": 2, STEP: 3, WHOLE: 5}[case.mode]
     return Needed(part * products * p.flops, part * passes * p.weight_bytes)

@@ -112,7 +112,7 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if device != "cpu":
-        plan = plan.on(device)
+        plan = plan.on(device, others=not providers)
     if threads:
         torch.set_num_threads(threads)
     facts = machine.describe(device) | {"plan": name}
@@ -227,7 +227,9 @@ def compare_command(
         shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
         boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
     bad = compares.regressions(found, threshold)
-    console.print(f"{len(found)} cases compared, {len(said)} changed. {compares.words(found)}", highlight=False)
+    console.print(
+        f"{len(found)} cases compared, {len(said)} changed. {compares.words(found, threshold)}", highlight=False
+    )
     for line in bad:
         console.print(f"[red]{line}", highlight=False)
     raise typer.Exit(1 if bad else 0)

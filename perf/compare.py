@@ -7,6 +7,7 @@ nothing. The noise of a ratio is that of its median over the rounds (noise.py), 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -16,13 +17,16 @@ from perf.results import KEY, Results
 
 MEMORY = 1.02  # allocations are counted, not timed
 ERROR = 2.0  # times; rounding differs between versions of libraries
+LEFT_OUT = ("not begun", "predicted", "no ", "only ", "on a CPU", "the batch ")  # notes of what nobody tried
 
 
 def compare(a: Results, b: Results, threshold: float) -> pd.DataFrame:
-    """A line per case that both measured: ratio B over A, the band of noise, and a verdict."""
+    """A line per case that both measured, and per case of ours that fails in B: ratio B over A, noise, a verdict."""
     sides = [each.rows.assign(band=noise.bands(each.rows, each.samples, YARDSTICK)) for each in (a, b)]
     both = sides[0].merge(sides[1], on=KEY, suffixes=("_a", "_b"))
-    both = both[(both["samples_a"] > 0) & (both["samples_b"] > 0) & (both["provider"] != YARDSTICK)].copy()
+    own, left_out = both["provider"].str.startswith("ours"), both["note_b"].str.startswith(LEFT_OUT)
+    there = (both["samples_b"] > 0) | (own & ~left_out)
+    both = both[(both["samples_a"] > 0) & there & (both["provider"] != YARDSTICK)].copy()
     normal = both["x_gemm_b"] / both["x_gemm_a"]
     both["ratio"] = normal.where(normal.notna(), both["median_s_b"] / both["median_s_a"])
     both["band"] = (both["band_a"] ** 2 + both["band_b"] ** 2).pow(0.5)
@@ -32,6 +36,8 @@ def compare(a: Results, b: Results, threshold: float) -> pd.DataFrame:
 
 def verdict(row: dict[str, object], threshold: float) -> str:
     number = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    if not row["samples_b"]:
+        return f"failed: {row['note_b'] or 'not measured'}"
     said = []
     if row["wrong_b"] and not row["wrong_a"]:
         said.append(f"wrong: {row['wrong_b']}")
@@ -50,24 +56,41 @@ def verdict(row: dict[str, object], threshold: float) -> str:
     return ", ".join(said)
 
 
-def pooled(found: pd.DataFrame) -> dict[str, float]:
-    """The geometric mean of the ratio over our rows, by mode: many rows see what one cannot."""
-    own = found[found["provider"].str.startswith("ours")]
-    return {str(mode): math.exp(rows["ratio"].map(math.log).mean()) for mode, rows in own.groupby("mode", sort=False)}
+class Pooled(NamedTuple):
+    ratio: float  # geometric mean
+    band: float
 
 
-def words(found: pd.DataFrame) -> str:
-    """The pooled ratios in a sentence."""
-    said = ", ".join(f"{mode} {ratio:.3f}" for mode, ratio in pooled(found).items())
-    return f"Ours takes, of the time before: {said}." if said else ""
+def pooled(found: pd.DataFrame) -> dict[str, Pooled]:
+    """All our rows together, by mode: many rows see what one cannot. Those with one round have no band, and no say."""
+    own = found[found["provider"].str.startswith("ours") & found["ratio"].notna() & found["band"].map(math.isfinite)]
+    return {
+        str(mode): Pooled(
+            math.exp(rows["ratio"].map(math.log).mean()), math.sqrt((rows["band"] ** 2).sum()) / len(rows)
+        )
+        for mode, rows in own.groupby("mode", sort=False)
+    }
+
+
+def words(found: pd.DataFrame, threshold: float) -> str:
+    """The pooled ratios in a sentence, and how much a single row could have seen."""
+    said = ", ".join(f"{mode} {each.ratio:.3f} ± {each.band:.3f}" for mode, each in pooled(found).items())
+    own = found[found["provider"].str.startswith("ours") & found["ratio"].notna()]
+    seen = int((own["band"] <= threshold).sum())
+    alone = f" {seen} of our {len(own)} rows can see {threshold:.0%} alone." if len(own) else ""
+    return (f"Ours takes, of the time before: {said}." if said else "") + alone
 
 
 def regressions(found: pd.DataFrame, threshold: float) -> list[str]:
-    """What should not be merged: rows of ours that are wrong, less exact or larger; ours as a whole slower."""
+    """What should not be merged: rows of ours that fail, are wrong, less exact, larger or slower; or all are slower."""
     own = found[found["provider"].str.startswith("ours")]
     bad = [
         f"{row.provider}, {row.mode}, {row.dtype}, N={row.N}, D={row.D}, C={row.C}: {row.verdict}"
-        for row in own[own["verdict"].str.contains("wrong|error|memory|slower")].itertuples()
+        for row in own[own["verdict"].str.contains("failed|wrong|error|memory|slower")].itertuples()
     ]
-    slower = [f"{mode}: {ratio:.2f} times" for mode, ratio in pooled(found).items() if ratio > 1.0 + threshold]
+    slower = [
+        f"{mode}: {each.ratio:.2f} times"
+        for mode, each in pooled(found).items()
+        if each.ratio > 1.0 + max(threshold, each.band)
+    ]
     return bad + [f"ours as a whole is slower, {each}" for each in slower]

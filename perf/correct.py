@@ -30,7 +30,7 @@ def small(problem: Problem) -> Problem:
 def errors(provider: Provider, problem: Problem) -> dict[str, float]:
     """`error_loss`, `error_dx`, `error_dw`, and `bias_...` of the gradients. The provider is prepared at `problem`."""
     x, weight = (made.detach().double().requires_grad_() for made in (provider.x, provider.weight))
-    if weight.shape[0] != problem.classes:
+    if provider.weight_is_transposed:
         weight = weight.detach().t().contiguous().requires_grad_()
     found = provider.gradients()
     right = tm.reference.margin_cross_entropy(

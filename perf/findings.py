@@ -10,12 +10,12 @@ import pandas as pd
 
 from perf import bounds, noise
 from perf.grid import YARDSTICK
+from perf.noise import SWEPT
 from perf.providers.base import STEP, WHOLE
 from perf.results import Results
 from perf.terminal import digits
 
 SIZE = ["loss", "dtype", "N", "D", "C"]
-SWEPT = ":"  # a provider with an option set belongs to a sweep, and to no ranking
 
 
 class Findings(NamedTuple):

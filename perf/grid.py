@@ -94,8 +94,9 @@ class Plan(NamedTuple):
     grids: tuple[Grid, ...]
     budget: Budget
 
-    def on(self, device: str) -> Plan:
-        peers = ON_GPU if device != "cpu" else ()
+    def on(self, device: str, others: bool = True) -> Plan:
+        """The plan on another device, with those that run there alone, unless somebody chose who runs."""
+        peers = ON_GPU if device != "cpu" and others else ()
         return self._replace(
             grids=tuple(replace(grid, device=device, providers=(*grid.providers, *peers)) for grid in self.grids)
         )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from perf import correct, shared
+from perf import correct, limits, shared
 from perf.grid import YARDSTICK, Budget, Case
 from perf.problem import Problem, fill
 from perf.providers import class_of, skipped_words, split, title
@@ -101,6 +101,10 @@ def measure(
 ) -> Block:
     """A row for every case of one size, measured or with the reason why not; never raises for a case that fails."""
     turn = Turn(problem, budget, threads, history, checks, say)
+    taken, left = 2 * problem.weight_bytes, limits.available_bytes() - limits.RESERVE
+    if problem.device == "cpu" and taken > left:
+        why = f"out of memory: W and its momentum are {taken / 1e9:.3g} GB, and {max(left, 0) / 1e9:.3g} GB are free"
+        return Block([blank(case, why) for case in cases], [])
     with buffers(problem) as files:
         try:
             turn.begin(cases, files)

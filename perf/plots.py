@@ -17,7 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from perf import correct
-from perf.findings import SWEPT, Findings, nearest
+from perf.findings import Findings, nearest
+from perf.noise import SWEPT
 from perf.providers.base import STEP, WHOLE
 
 # Ours in warm colours, others in cold ones; markers tell them apart without colour.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from perf.measure import Row
+from perf.providers import class_of
 
 KEY = ["loss", "dtype", "N", "D", "C", "device", "provider", "mode"]
 COLUMNS = {
@@ -31,7 +32,7 @@ COLUMNS = {
     "title": "the same in words",
     "work": "all classes, or sampled: only equal work is compared",
     "mode": "no-grad, forward, forward+backward, frozen W, or whole step (with SGD's update of W)",
-    "samples": "timed steps after the first",
+    "samples": "timed steps after the first, whose time counts only where the note says one step",
     "median_s": "seconds of a step, median over the samples",
     "q25_s": "their lower quartile",
     "q75_s": "their upper quartile",
@@ -92,11 +93,12 @@ def load(out: Path) -> Results:
 def save(out: Path, results: Results) -> None:
     """Written beside and then put in place, so that a run stopped at any moment leaves whole files."""
     out.mkdir(parents=True, exist_ok=True)
+    replace(out / "runs.json", json.dumps(results.runs, indent=1).encode() + b"\n")
     rows = results.rows.reindex(columns=list(COLUMNS))
-    for name, frame in (("results.csv", rows), (SAMPLES, results.samples), ("ceilings.csv", results.ceilings)):
+    # Rows last: what they hold is not measured again.
+    for name, frame in (("ceilings.csv", results.ceilings), (SAMPLES, results.samples), ("results.csv", rows)):
         text = frame.to_csv(index=False, float_format="%.6g").encode()
         replace(out / name, gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
-    replace(out / "runs.json", json.dumps(results.runs, indent=1).encode() + b"\n")
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -106,15 +108,19 @@ def replace(path: Path, content: bytes) -> None:
 
 
 # Times of two of them are no comparison.
-MACHINE = ("cpu", "cores", "threads", "torch")
+MACHINE = ("cpu", "instruction_set", "caches", "cores", "threads", "torch")
 
 
 def another_machine(out: Path, facts: dict[str, Any]) -> str:
-    """What the folder's results of the same device were measured on, if that differs from `facts`; or nothing."""
-    names = MACHINE if facts["device"] == "cpu" else (*MACHINE, "gpu")
+    """What the folder's results were measured on, if that differs from `facts`; or nothing. A GPU is another one."""
+    names = (*MACHINE, "gpu", "device")
     for held in load(out).runs.values():
-        if held["device"] == facts["device"] and any(held.get(name) != facts.get(name) for name in names):
-            return ", ".join(str(held[name]) if name in ("cpu", "gpu") else f"{name} {held[name]}" for name in names)
+        if any(held.get(name) != facts.get(name) for name in names):
+            return ", ".join(
+                str(held[name]) if name in ("cpu", "gpu") else f"{name.replace('_', ' ')} {held[name]}"
+                for name in names
+                if held.get(name) and name not in ("caches", "device")
+            )
     return ""
 
 
@@ -141,7 +147,32 @@ def merged(old: pd.DataFrame, new: list[Row], key: list[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def with_block(held: Results, rows: list[Row], samples: list[Row], wanted: set[tuple[Any, ...]]) -> Results:
+    """The results and a size that was measured, with the lines of what was `wanted`.
+
+    Others took part to be divided by: of them the samples are kept, beside those of the run that their own line is of.
+    A line without a measurement does not replace one with.
+    """
+    measured = set(held.rows[held.rows["samples"] > 0][KEY].itertuples(index=False, name=None))
+    there = set(held.rows[KEY].itertuples(index=False, name=None))
+    taken = []
+    for row in rows:
+        key = tuple(row[name] for name in KEY)
+        if key not in there or (key in wanted and (row["samples"] > 0 or key not in measured)):
+            taken.append(row)
+    replaced = {tuple(row[name] for name in KEY) for row in taken}
+    old = held.samples
+    kept = [line not in replaced for line in old[KEY].itertuples(index=False, name=None)]
+    return held._replace(
+        rows=merged(held.rows, taken, KEY),
+        samples=merged(old[kept], samples, [*KEY, "run"]),
+    )
+
+
 def done(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
-    """The keys of the cases that need not be measured again."""
-    begun = rows[~rows["note"].astype(str).str.startswith(NOT_BEGUN)]
-    return set(begun[KEY].itertuples(index=False, name=None))
+    """The keys of the cases that need not be measured again: begun, and of a provider that was not installed later."""
+    notes = rows["note"].astype(str)
+    installed = rows["provider"].map(lambda name: class_of(name) is not None).astype(bool)
+    later = notes.str.contains("No module named|^no provider", regex=True) & installed
+    answered = rows[~notes.str.startswith(NOT_BEGUN) & ~later]
+    return set(answered[KEY].itertuples(index=False, name=None))

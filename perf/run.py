@@ -19,14 +19,13 @@ Progress = Callable[[float, str], None]  # the part that is done, 0 to 1, and wh
 
 
 def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: Progress) -> Results:
-    """Measure what `out` does not hold yet, or everything with `fresh`. KeyboardInterrupt leaves whole results."""
+    """Measure what `out` does not hold yet. KeyboardInterrupt leaves whole results.
+
+    With `fresh` everything is measured; what was there before stays until the new row is there.
+    """
     held = results.load(out)
     blocks = plan.blocks()
-    if fresh:
-        wanted = {key(case) for cases in blocks.values() for case in cases}
-        kept = [line not in wanted for line in held.rows[KEY].itertuples(index=False, name=None)]
-        held = held._replace(rows=held.rows[kept])
-    open_ones = [again(row, held, plan) for row in held.rows.to_dict("records")]
+    open_ones = [fresh or again(row, held, plan) for row in held.rows.to_dict("records")]
     known = results.done(held.rows[~pd.Series(open_ones, index=held.rows.index, dtype=bool)])
     left = {problem: [case for case in cases if key(case) not in known] for problem, cases in blocks.items()}
     left = {problem: cases for problem, cases in left.items() if cases}
@@ -36,7 +35,7 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
     begin = time.monotonic()
     progress(0.0, "the machine's ceilings")
     devices = {problem.device for problem in left}
-    hasty = max(problem.flops for problem in left) < 1e8
+    hasty = facts["plan"] == "tiny"
     ceiling = [
         {**line, "run": number}
         for line in ceilings.measure(sorted({problem.dtype for problem in left}), devices.pop(), hasty)
@@ -58,22 +57,14 @@ def go(plan: Plan, out: Path, facts: dict[str, object], fresh: bool, progress: P
             held = held._replace(rows=results.merged(held.rows, rows, KEY))
             results.save(out, held)
             continue
-        # Ours and the peers that a row is divided by take part even if their own rows are there already.
-        together = (
-            blocks[problem]
-            if any(case.provider.startswith("ours") for case in cases)
-            else with_ours(cases, blocks[problem])
-        )
+        together = with_ours(cases, blocks[problem])
         block = measure(problem, together, plan.budget, int(str(facts["threads"])), history, checks, say)
         rows = [
             {**row, **ceilings.needed(case)._asdict(), "limit_s": ceilings.limit(case, ceiling), "run": number}
             for case, row in zip(together, block.rows, strict=True)
         ]
         samples = [{**line, "run": number} for line in block.samples]
-        held = held._replace(
-            rows=results.merged(held.rows, rows, KEY),
-            samples=results.merged(held.samples, samples, KEY),
-        )
+        held = results.with_block(held, rows, samples, {key(case) for case in cases})
         held.runs[number]["seconds"] = round(time.monotonic() - begin, 1)
         results.save(out, held)
         so_far += weight(problem, cases)
@@ -96,7 +87,7 @@ def key(case: Case) -> tuple[object, ...]:
 
 
 def with_ours(cases: list[Case], block: list[Case]) -> list[Case]:
-    """The cases, and our rows of the same modes."""
+    """The cases, and what they are divided by: our rows of the same modes, even if these are there already."""
     modes = {case.mode for case in cases}
     mine = [case for case in block if case.provider in ("ours", "ours-sampled") and case.mode in modes]
     return list(dict.fromkeys([*mine, *cases]))

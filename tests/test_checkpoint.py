@@ -194,9 +194,12 @@ def trained(group, steps):
 
 def heads_of_any_ranks(rank, folder):
     groups = {count: first_ranks(count) for count in range(1, WORLD + 1)}
-    for writers in groups:
-        if rank < writers:
-            save(f"{folder}/{writers}", trained(groups[writers], 3)[2], 3, group=groups[writers])
+    for writers in (0, *groups):  # 0: a head of one process, without a group
+        group = groups.get(writers)
+        if rank < max(writers, 1):
+            state = trained(group, 3)[2]
+            place = f"{folder}/{writers}"
+            save(place, state, 3, group=group or groups[1], asynchronous=writers % 2 == 0).result()
         dist.barrier()
         head, optimizer, whole = trained(None, 1)
         load(f"{folder}/{writers}", whole)

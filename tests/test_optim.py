@@ -14,6 +14,11 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import tritonmargin as tm
 from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
@@ -539,6 +544,38 @@ def test_a_momentum_that_is_raised_later_counts() -> None:
 
 
 @cpu_only
+def test_torchs_state_dicts_of_names_are_understood() -> None:
+    """torch.distributed.checkpoint.state_dict calls parameters by their names."""
+
+    def trained(steps: int) -> tuple[tm.MarginSoftmaxLoss, tm.optim.RowAdamW]:
+        torch.manual_seed(0)
+        head = tm.MarginSoftmaxLoss(4, 6, bias=True)
+        optimiser = tm.optim.RowAdamW(head.parameters(), lr=0.1)
+        for seed in range(steps):
+            optimiser.zero_grad()
+            head(made(3, 4, seed=seed).float(), torch.tensor([0, 2, 5])).backward()
+            optimiser.step()
+        return head, optimiser
+
+    head, optimiser = trained(3)
+    named = get_optimizer_state_dict(head, optimiser)
+    assert set(named["state"]) == {"weight", "bias"}
+    for options in (None, StateDictOptions(flatten_optimizer_state_dict=True)):
+        other, loaded = trained(1)
+        named = get_optimizer_state_dict(head, optimiser, options=options)
+        set_optimizer_state_dict(other, loaded, named, options=options)
+        for mine, theirs in zip(head.parameters(), other.parameters(), strict=True):
+            for name, value in optimiser.state[mine].items():
+                assert torch.equal(value, loaded.state[theirs][name]), name
+    numbered = optimiser.state_dict()
+    numbered["state"][7] = numbered["state"].pop(1)
+    with pytest.raises(ValueError, match="state of '7', which is none of them"):
+        loaded.load_state_dict(numbered)
+    with pytest.raises(ValueError, match=r"has 1 parameters .* this optimizer has 2"):
+        loaded.load_state_dict(tm.optim.RowAdamW([head.weight], lr=0.1).state_dict())
+    assert int(loaded.state[other.weight]["step"]) == 3
+
+
 def test_a_wrong_state_dict_changes_nothing() -> None:
     def used(make: Callable[..., Any], rows: int, lr: float) -> Any:
         weight = nn.Parameter(torch.zeros(rows, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -379,6 +380,10 @@ def disagreements() -> None:
     states = [tm.optim.RowSGD(each.parameters(), lr=0.1, momentum=0.9) for each in (head, other)]
     with pytest.raises(ValueError, match=r"momentum_buffer has shape \(10, 7\), expected \(9, 7\)"):
         states[1].load_state_dict(states[0].state_dict())
+    with tm.use_backend("reference" if rank else "torch"), pytest.raises(
+        (ValueError, RuntimeError), match="neither process groups" if rank else "rank 1 .* had an err"
+    ):
+        head(x, torch.tensor([1, 2, 3]))
     with pytest.raises(RuntimeError, match="ask for float64 numbers or none"):
         head(x.double() if rank else x, torch.tensor([1, 2, 3]))
     assert head(x, torch.tensor([1, 2, 3])).isfinite(), "usable after an error"
@@ -492,9 +497,62 @@ def head_in_ddp() -> None:
         with pytest.raises(RuntimeError, match="the head is inside DistributedDataParallel"):
             DistributedDataParallel(model)(x, target)
     DistributedDataParallel(Whole())(x, target).backward()  # a head that is a module like any other may be
-    apart = Whole(process_group=dist.group.WORLD)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(apart, ["head.weight"])
-    DistributedDataParallel(apart)(x, target).backward()
+    for options, ignored, other in (
+        ({}, ["head.weight"], ""),
+        ({"bias": True}, ["head.weight"], "head.bias"),
+        ({"bias": True}, ["head.weight", "head.bias"], ""),
+        ({"class_weight": torch.ones(10)}, ["head.weight"], "head.class_weight"),
+        ({"class_weight": torch.ones(10)}, ["head.weight", "head.class_weight"], ""),
+    ):
+        apart = Whole(process_group=dist.group.WORLD, **options)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(apart, ignored)
+        expected = pytest.raises(RuntimeError, match=f"the first one's {other}") if other else contextlib.nullcontext()
+        with expected:
+            DistributedDataParallel(apart)(x, target).backward()
+
+
+def test_14_a_head_inside_of_fully_shard_is_refused() -> None:
+    on_ranks(2, head_in_fsdp)
+
+
+def head_in_fsdp() -> None:
+    x, target = torch.randn(2, D), torch.tensor([1, 2])
+    mesh = init_device_mesh("cpu", (2,))
+    inside = fully_shard(Whole(process_group=dist.group.WORLD), mesh=mesh)
+    with pytest.raises(RuntimeError, match="fully_shard takes each rank's rows for parts of one tensor"):
+        inside(x, target)
+    whole = Whole(process_group=dist.group.WORLD)
+    fully_shard(whole.backbone, mesh=mesh)
+    whole(x, target).backward()
+    fully_shard(Whole(), mesh=mesh)(x, target).backward()  # a head that is a module like any other may be
+
+
+def test_14_a_scaled_loss_on_one_rank_is_refused_on_all() -> None:
+    on_ranks(2, scaled_on_one)
+
+
+def scaled_on_one() -> None:
+    """Each rank has its own samples' losses, and a factor of its own."""
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD, reduction="none")
+    head.update_in_backward(tm.optim.RowSGD([head.weight], lr=0.1))
+    before = head.weight.detach().clone()
+    loss = head(torch.randn(2, D, requires_grad=True), torch.tensor([1, 7]))
+    with pytest.raises(RuntimeError, match="as by a GradScaler"):
+        (loss * (1.0 if dist.get_rank() else 65536.0)).sum().backward()
+    assert torch.equal(head.weight, before)
+
+
+def test_14_a_tensor_on_another_device_is_an_error_on_all_ranks() -> None:
+    """What ranks tell each other goes over the device of the weights: NCCL knows no other."""
+    on_ranks(2, elsewhere)
+
+
+def elsewhere() -> None:
+    head = tm.MarginSoftmaxLoss(D, 10, process_group=dist.group.WORLD)
+    x, target = torch.randn(2, D), torch.tensor([1, 2])
+    rank = dist.get_rank()
+    with pytest.raises((ValueError, RuntimeError), match="use one device" if rank else "rank 1 .* had an error"):
+        head(x.to("meta") if rank else x, target.to("meta") if rank else target)
 
 
 def test_14_a_skipped_step_with_fsdp_and_accumulation_is_the_same_as_on_one_process() -> None:

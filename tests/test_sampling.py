@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +54,11 @@ def test_sampling_takes_memory_for_the_sample_alone() -> None:
     assert used[1] < 1.2 * used[0] + 10_000
 
 
-def test_a_sampled_step_takes_memory_for_the_sample_alone() -> None:
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"logq_correction": True}], ids=str)
+def test_a_sampled_step_takes_memory_for_the_sample_alone(options: dict[str, Any]) -> None:
     used = []
     for c in (20_000, 200_000):
-        head = tm.MarginSoftmaxLoss(16, c, sample_rate=1000 / c, sparse_grad=True)
+        head = tm.MarginSoftmaxLoss(16, c, sample_rate=1000 / c, sparse_grad=True, **options)
         x, target = torch.randn(8, 16, requires_grad=True), torch.arange(8)
         head(x, target).backward()
         head.weight.grad = None

@@ -12,8 +12,8 @@ the suffix is complete, whenever the job is killed. All ranks have to see the sa
         optimizer.load_state_dict(state["optimizer"])
         epoch = state["epoch"]
 
-A DTensor is written by all ranks, each its part, and read into whatever parts there are. Everything else has to be the
-same on all ranks.
+A DTensor is written by all ranks, each its part, and read into whatever parts there are; a replicated one by the first
+rank. Everything else has to be the same on all ranks.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def load(
     ranks raise and nothing is changed. Only load checkpoints that you trust: Python values are pickled.
 
     Every tensor of the checkpoint needs a tensor in `state` to go to, cast to its dtype and device, and the other way
-    round (an optimizer has its tensors after its first step); an entry at the top of `state` may be left out. Python
+    round (torch's optimizers have their tensors after their first step); an entry at the top of `state` may be left out. Python
     values are replaced, dicts and lists of them in place. Besides `state`, a rank holds one tensor of the checkpoint
     at a time, as large as one saving rank's part of it.
 

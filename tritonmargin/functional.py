@@ -141,20 +141,20 @@ def loss_of(
         )  # fmt: skip
         num_classes = weight.shape[0] if shard is None else shard.num_classes
         label = checks.positions(target, None, num_classes, ignore_index)
-        if updater is not None and torch.is_autocast_enabled(embeddings.device.type):
-            checks.check_no_scaler(torch.get_autocast_dtype(embeddings.device.type))
+        device = embeddings.device.type
+        if updater is not None and torch.is_autocast_enabled(device):
+            checks.check_no_scaler(torch.get_autocast_dtype(device))
+        compute = torch.promote_types(embeddings.dtype, weight.dtype)
+        if compute != torch.float64 and torch.is_autocast_enabled(device):
+            compute = torch.get_autocast_dtype(device)
+        backend = current_backend(embeddings.device, compute)
+        if backend == "reference" and (shard is not None or updater is not None):
+            raise ValueError("the reference backend has neither process groups nor update_in_backward")
     except (TypeError, ValueError):
         if shard is not None:
-            shard.announce_error(embeddings, alike=3)
+            shard.announce_error(weight.device, alike=3)
         raise
-    compute = torch.promote_types(embeddings.dtype, weight.dtype)
-    device = embeddings.device.type
-    if compute != torch.float64 and torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-    backend = current_backend(embeddings.device, compute)
     if backend == "reference":
-        if shard is not None or updater is not None:
-            raise ValueError("the reference backend has neither process groups nor update_in_backward")
         if isinstance(class_ids, Sampler):
             class_ids = class_ids.draw(label, num_classes)
         return reference.margin_cross_entropy(
@@ -199,9 +199,9 @@ def loss_of(
                 threshold, _ = target_logit(margin, product, weight_norm, norm, label, before)
         mean_weight = None
         if label_smoothing:
-            ones = torch.ones(weight.shape[0], dtype=x.dtype, device=x.device)
-            mean_weight = ones if class_weight is None else class_weight.detach().to(x.dtype)
+            mean_weight = x.new_ones(()) if class_weight is None else class_weight.detach().to(x.dtype)
             mean_weight = mean_weight / all_sum(shard, x.new_full((), walked)).clamp(min=1)
+            mean_weight = mean_weight.expand(weight.shape[0])  # one number, or C of them that are there already
         needs_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
         )
@@ -256,10 +256,11 @@ def loss_of(
             loss = loss.sum() / class_factor.sum()
         elif reduction == "sum":
             loss = loss.sum()
-        elif batch is not None:
-            loss = batch.keep_own(loss)
         if updater is not None and loss.requires_grad:
+            # Of all ranks' samples: what is refused on one is on all.
             loss.register_hook(partial(updater.refuse_scaled, weight))
+        if reduction == "none" and batch is not None:
+            loss = batch.keep_own(loss)
         if not return_stats:
             return loss
         sampled = torch.full((), walked < weight.shape[0], device=x.device)

@@ -132,7 +132,7 @@ class MarginSoftmaxLoss(nn.Module):
             if self.shard is not None and class_weight is not None:
                 class_weight = class_weight[self.shard.start : self.shard.stop].clone()
             self.register_buffer("class_weight", class_weight)
-            self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0]))
+            self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0], device=device))
             self.mark_rows()
         except Exception as error:
             if isinstance(process_group, dist.ProcessGroup):
@@ -164,7 +164,10 @@ class MarginSoftmaxLoss(nn.Module):
                 parameter.shard = self.shard  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> MarginSoftmaxLoss:
+        nowhere = self.sampler is not None and self.sampler.is_meta
         super()._apply(fn, recurse)
+        if nowhere and self.sampler is not None:
+            self.sampler.copy_(torch.tensor([self.seed, 0]))  # `to_empty` gives it memory and no numbers
         self.mark_rows()  # `to_empty` and others make new parameters
         return self
 
@@ -188,7 +191,7 @@ class MarginSoftmaxLoss(nn.Module):
         """
         self.lookout.look()
         if self.shard is not None or self._updater is not None:
-            refuse_ddp(self.weight)
+            self.check_apart()
         ids: Tensor | Sampler | None = class_ids
         if class_ids is None and self.sampler is not None and self.training:
             first = 0 if self.shard is None else self.shard.start
@@ -219,6 +222,31 @@ class MarginSoftmaxLoss(nn.Module):
         loss, stats = result if isinstance(result, tuple) else (result, None)
         loss = self.if_finite(loss)
         return loss if stats is None else (loss, stats)
+
+    def check_apart(self) -> None:
+        """RuntimeError inside of a DistributedDataParallel or `fully_shard` that takes a rank's rows for replicas."""
+        if torch.compiler.is_compiling() or not dist.is_available():
+            return
+        if self.shard is not None and getattr(self.weight, "shard", None) is not self.shard:
+            raise RuntimeError(
+                "tritonmargin: the head's weight is not the parameter that it made. fully_shard takes each rank's "
+                "rows for parts of one tensor: a head with a process_group stays outside, wrap the backbone alone. To "
+                "give a head other rows, copy them into head.weight"
+            )
+        around = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+        if around is None:
+            return
+        own: list[Tensor | None] = [self.weight]
+        if self.shard is not None:
+            own += [self.bias, self.class_weight if around.broadcast_buffers else None]
+        ignored = getattr(around, "parameters_to_ignore", ())
+        for name, tensor in (*around.module.named_parameters(), *around.module.named_buffers()):
+            if name not in ignored and any(tensor is each for each in own):
+                raise RuntimeError(
+                    f"tritonmargin: the head is inside DistributedDataParallel, which gives all ranks the first one's "
+                    f"{name} and averages gradients: a head with a process_group, or with update_in_backward, stays "
+                    "outside. Wrap the backbone alone"
+                )
 
     def if_finite(self, loss: Tensor) -> Tensor:
         """The loss; or what `on_nonfinite` says, on all ranks alike, if any rank's is nan or inf."""
@@ -321,22 +349,6 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None:
             changed.append(f"classes {self.shard.start} to {self.shard.stop} of rank {self.shard.rank}")
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])
-
-
-def refuse_ddp(weight: nn.Parameter) -> None:
-    """RuntimeError inside of a DistributedDataParallel that takes the rows for its own."""
-    if torch.compiler.is_compiling() or not dist.is_available():
-        return
-    around = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
-    if around is None:
-        return
-    ignored = getattr(around, "parameters_to_ignore", ())
-    if any(parameter is weight and name not in ignored for name, parameter in around.module.named_parameters()):
-        raise RuntimeError(
-            "tritonmargin: the head is inside DistributedDataParallel, which gives all ranks the first one's rows and "
-            "averages gradients: a head with a process_group, or with update_in_backward, stays outside. Wrap the "
-            "backbone alone"
-        )
 
 
 def words_of(margin: Margin) -> str:

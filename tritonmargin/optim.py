@@ -159,7 +159,7 @@ class RowOptimizer(torch.optim.Optimizer):
             update_rows(update, others, zero)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; under class sharding matrices and step counts are tensors of all classes, for any ranks.
+        """As torch's; under class sharding tensors of all classes, for any ranks, and `step`, which all ranks hold.
 
         Before the first step too, so that a new optimizer has what a checkpoint is loaded into.
         """
@@ -179,15 +179,27 @@ class RowOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its own dtype, which need not be the weight's.
 
+        The state's keys are what its groups call their parameters, in order: numbers, or the names that
+        `torch.distributed.checkpoint.state_dict` gives them.
+
         Raises:
-            ValueError: state of another kind of optimizer, or of another shape; nothing is changed then.
+            ValueError: state of another kind of optimizer, of other parameters, or of another shape; nothing is
+                changed then.
         """
+        weights = self.parameters()
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        unknown = state_dict["state"].keys() - set(keys)
+        if len(keys) != len(weights) or unknown:
+            said = f"state of {min(map(str, unknown))!r}, which is none of them" if unknown else "groups of them"
+            raise ValueError(
+                f"the state dict has {len(keys)} parameters and {said}; this optimizer has {len(weights)} parameters"
+            )
         loaded = {}
-        for place, weight in enumerate(self.parameters()):
+        for key, weight in zip(keys, weights, strict=True):
             state = self.state_of(weight)
             loaded[weight] = {
                 name: loaded_like(state[name], value, weight, name)
-                for name, value in state_dict["state"].get(place, {}).items()
+                for name, value in state_dict["state"].get(key, {}).items()
                 if name in state or wrong_state(name, state)
             }
             missing = state.keys() - loaded[weight].keys() if loaded[weight] else ()

@@ -194,9 +194,11 @@ class Shard:
                     raise RuntimeError(f"tritonmargin: all ranks must ask for {name} or none: {ranks}")
         return Batch(self, [count for count, *_ in everyone], any(needed for _, needed, *_ in everyone))
 
-    def announce_error(self, embeddings: Tensor, alike: int) -> None:
-        """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one."""
-        device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
+    def announce_error(self, device: torch.device, alike: int) -> None:
+        """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one.
+
+        device: that the group exchanges on; the error may be that a tensor is on another.
+        """
         self.exchange(-1, False, settings=[False] * (2 + alike), device=device)
 
     def agree(self, error: Exception | None, device: torch.device) -> None:

@@ -112,8 +112,8 @@ def merged(many: Tensor, few: Tensor) -> Tensor:
 class Sampler:
     """Draws the classes of one step after the other: the same ones after a restart, others on every shard.
 
-    Its state is two numbers, the seed and how many steps it has drawn, in `state` [2] int64 on the CPU, so that a
-    checkpoint holds them and any number of ranks can go on from them.
+    Its state is two numbers, the seed and how many steps it has drawn, in `state` [2] int64, so that a checkpoint
+    holds them and any number of ranks can go on from them.
 
     Args:
         rate: fraction of the classes to walk, 0 <= rate <= 1. The positives are walked whatever it is.

@@ -37,6 +37,7 @@ class Provider(ABC):
     modes: ClassVar[tuple[str, ...]] = MODES
     dense_gradient: ClassVar[bool] = True  # whether a step makes C x D numbers of it
     compiles: ClassVar[bool] = False  # whether its first step of a size takes long
+    weight_is_transposed: ClassVar[bool] = False  # [D, C]; `weight_gradient` is [C, D] all the same
     options: ClassVar[dict[str, Any]] = {}  # and their defaults: `name:option=value` on the command line
 
     def __init__(self, **options: Any) -> None:

@@ -14,6 +14,7 @@ from perf.providers.base import Provider
 
 class MetricLearning(Provider):
     name, title, losses = "pml", "pytorch-metric-learning", ("arcface", "cosface")
+    weight_is_transposed = True
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)

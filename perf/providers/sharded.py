@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import tritonmargin as tm
-from perf import shared
+from perf import limits, shared
 from perf.problem import MOMENTUM, Problem, Tensors
 from perf.processes import context
 from perf.providers.base import STEP, WHOLE, Gradients, Provider
@@ -131,6 +131,7 @@ def serve(
 ) -> None:
     """Another rank, until its pipe is closed."""
     torch.set_num_threads(threads)
+    limits.limit_memory()
     join(rank, ranks, meeting)
     shape = problem.classes, problem.d
     opened = [shared.tensor_of(path, problem.torch_dtype, *shape) for path in files]
