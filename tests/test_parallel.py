@@ -380,8 +380,9 @@ def disagreements() -> None:
     states = [tm.optim.RowSGD(each.parameters(), lr=0.1, momentum=0.9) for each in (head, other)]
     with pytest.raises(ValueError, match=r"momentum_buffer has shape \(10, 7\), expected \(9, 7\)"):
         states[1].load_state_dict(states[0].state_dict())
-    with tm.use_backend("reference" if rank else "torch"), pytest.raises(
-        (ValueError, RuntimeError), match="neither process groups" if rank else "rank 1 .* had an err"
+    with (
+        tm.use_backend("reference" if rank else "torch"),
+        pytest.raises((ValueError, RuntimeError), match="neither process groups" if rank else "rank 1 .* had an err"),
     ):
         head(x, torch.tensor([1, 2, 3]))
     with pytest.raises(RuntimeError, match="ask for float64 numbers or none"):

@@ -215,9 +215,9 @@ def load(
     ranks raise and nothing is changed. Only load checkpoints that you trust: Python values are pickled.
 
     Every tensor of the checkpoint needs a tensor in `state` to go to, cast to its dtype and device, and the other way
-    round (torch's optimizers have their tensors after their first step); an entry at the top of `state` may be left out. Python
-    values are replaced, dicts and lists of them in place. Besides `state`, a rank holds one tensor of the checkpoint
-    at a time, as large as one saving rank's part of it.
+    round (torch's optimizers have their tensors after their first step); an entry at the top of `state` may be left
+    out. Python values are replaced, dicts and lists of them in place. Besides `state`, a rank holds one tensor of the
+    checkpoint at a time, as large as one saving rank's part of it.
 
     Args:
         folder: of all checkpoints of a run.

@@ -210,6 +210,8 @@ def walk_back(
         grad_weight = make(shape if writes else 0, dtype=weight.dtype, device=weight.device)
         grad_bias = x.new_zeros(weight.shape[0] if need_bias else 0)
         kept = retained.shape[0]
+        if walk.ops.FUSED and kept:
+            retained = walk.ops.as_tile(retained)  # hooks on what autograd saves may have moved it
 
         shares = []
         if need_weight and g_target is not None:

@@ -435,10 +435,18 @@ def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
     return x.new_empty(x.shape[0], (k + 15) // 16 * 16, dtype=dtype)[:, :k].t()
 
 
+def as_tile(retained: Tensor) -> Tensor:  # [K, N]
+    """A tile of these numbers; themselves, if they have kept the layout of `new_tile` while autograd held them."""
+    k, _ = retained.shape
+    if retained.stride(0) == 1 and retained.stride(1) % 16 == 0 and retained.stride(1) >= k:
+        return retained
+    return new_tile(retained.t(), k, retained.dtype).copy_(retained)
+
+
 def line(d: int) -> int:
     """How long the lines of x and of a chunk's rows are, zeros beyond D.
 
-    A kernel for any other D would load number by number and spill hundreds of registers (python -m perf audit).
+    A kernel for any other D loads number by number, and spills.
     """
     return (d + 15) // 16 * 16
 
