@@ -46,11 +46,16 @@ def multiplying(dtype: str) -> Iterator[None]:
 class Instructions(NamedTuple):
     """Instructions of one program, of each kind: those of its innermost loop with a matrix product, and all others.
 
-    That loop is the one over D, or the one over tiles where the compiler unrolled the one over D.
+    That loop is the one over D, or the one over tiles where the compiler unrolled the one over D. Where warps share
+    the work by its kind, those of the epilogue have `rest` alone; `products` and `loads` are the innermost loops of the
+    warps that multiply and that load.
     """
 
     loop: Counter[str]
     rest: Counter[str]
+    products: Counter[str]
+    loads: Counter[str]
+    products_unrolled: bool
 
     @property
     def unrolled(self) -> bool:
@@ -60,6 +65,23 @@ class Instructions(NamedTuple):
         """How many are executed for a tile whose sum over D takes so many rounds."""
         times = 1 if self.unrolled else rounds
         return self.rest + Counter({kind: count * times for kind, count in self.loop.items()})
+
+    def beside(self, rounds: int) -> Counter[str]:
+        """The same of the warps that multiply and load for others; a round loads twice, of x and of the rows."""
+        found = Counter[str]()
+        times = 1 if self.products_unrolled else rounds
+        for part, often in ((self.products, times), (self.loads, rounds * 2 / max(self.loads["UTMALDG"], 1))):
+            found.update({kind: round(count * often) for kind, count in part.items()})
+        return found
+
+    @property
+    def looped(self) -> Counter[str]:
+        """How many there are in the loops."""
+        return self.loop + self.products + self.loads
+
+    @property
+    def written(self) -> Counter[str]:
+        return self.rest + self.looped
 
 
 class Compiled(NamedTuple):
@@ -71,10 +93,20 @@ class Compiled(NamedTuple):
     spills: int  # bytes of local memory, or registers on AMD
     shared: int  # bytes
     instructions: Instructions
+    warps: int  # with those that the compiler added to multiply and load for others
 
     @property
     def threads(self) -> int:
-        return self.options["num_warps"] * (64 if self.target.startswith("gfx") else 32)
+        """Of the warps that were asked for."""
+        return self.options["num_warps"] * self.lanes
+
+    @property
+    def all_threads(self) -> int:
+        return self.warps * self.lanes
+
+    @property
+    def lanes(self) -> int:
+        return 64 if self.target.startswith("gfx") else 32
 
 
 _RUN = JITFunction.run  # what compiles; others may have put their own in its place since
@@ -129,12 +161,13 @@ def read(compiled: Any, kernel: str, target: str, grid: tuple[int, ...], options
     if target.startswith("gfx"):
         registers, spills, code = read_amd(compiled.asm["amdgcn"])
     else:
-        registers, spills, code = read_nvidia(compiled.asm["cubin"])
-    return Compiled(kernel, target, grid, kept, registers, spills, compiled.metadata.shared, code)
+        registers, spills, code = read_nvidia(compiled.asm["cubin"], options.get("SPECIALISED", False))
+    warps = compiled.metadata.num_warps
+    return Compiled(kernel, target, grid, kept, registers, spills, compiled.metadata.shared, code, warps)
 
 
 @functools.lru_cache(maxsize=4096)
-def read_nvidia(cubin: bytes) -> tuple[int, int, Instructions]:
+def read_nvidia(cubin: bytes, specialised: bool) -> tuple[int, int, Instructions]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -150,11 +183,19 @@ def read_nvidia(cubin: bytes) -> tuple[int, int, Instructions]:
         for place, (_, name, operands) in zip(places, lines, strict=True)
         if name.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", operands))
     ]
-    return registers, spills, split(places, [nvidia_kind(name) for _, name, _ in lines], jumps)
+    kinds = [nvidia_kind(name) for _, name, _ in lines]
+    if not specialised:
+        return registers, spills, split(places, kinds, jumps)
+    # The epilogue's warps come first; behind their end is the code of the others.
+    exits = [place for place, (_, name, _) in zip(places, lines, strict=True) if name == "EXIT"]
+    end = next(place for place in exits if place > places[kinds.index("exp2") if "exp2" in kinds else 0])
+    return registers, spills, split_specialised(places, kinds, jumps, end)
 
 
 def nvidia_kind(name: str) -> str:
     """What an instruction counts as."""
+    if name.startswith("UTC") and "MMA" not in name:
+        return "other"  # barriers and the allocation of tensor memory
     return next((kind for prefix, kind in NVIDIA if name.startswith(prefix)), "other")
 
 
@@ -186,6 +227,23 @@ def read_amd(text: str) -> tuple[int, int, Instructions]:
     return registers, spills, split(places, kinds, [(labels[to], at) for to, at in jumps if to in labels])
 
 
+def split_specialised(places: list[int], kinds: list[str], jumps: list[tuple[int, int]], end: int) -> Instructions:
+    """The code up to `end` is the epilogue's; behind it are the loops of the warps that multiply and that load."""
+    code = list(zip(places, kinds, strict=True))
+
+    def innermost(own: tuple[str, ...]) -> Counter[str]:
+        here = [place for place, kind in code if kind in own and place > end]
+        loops = [(at - to, to, at) for to, at in jumps if to < at and any(to <= place <= at for place in here)]
+        _, first, last = min(loops)
+        return Counter(kind for place, kind in code if first <= place <= last)
+
+    first = split(*map(list, zip(*(each for each in code if each[0] <= end), strict=True)), jumps)
+    products = innermost(MATRIX)
+    # The first round of a loop over D begins a sum and is written out before the loop.
+    unrolled = sum(products[kind] for kind in MATRIX) == sum(kind in MATRIX for _, kind in code)
+    return Instructions(first.loop, first.rest, products, innermost(("UTMALDG",)), unrolled)
+
+
 def split(places: list[int], kinds: list[str], jumps: list[tuple[int, int]]) -> Instructions:
     """The loop is the shortest one that holds a matrix instruction, if any does.
 
@@ -202,4 +260,4 @@ def split(places: list[int], kinds: list[str], jumps: list[tuple[int, int]]) -> 
         if any(at < place < to for at, to in around):
             continue
         (loop if first <= place <= last else rest)[kind] += 1
-    return Instructions(loop, rest)
+    return Instructions(loop, rest, Counter(), Counter(), False)

@@ -85,7 +85,7 @@ def table(
                 multiplies = not compiled.options["READY"]
                 lines.append({
                     "target": target, "dtype": dtype, "epilogue": name, "registers": compiled.registers,
-                    "spills": compiled.spills, "spill_instructions": code.loop["spill"] + code.rest["spill"],
+                    "spills": compiled.spills, "spill_instructions": code.written["spill"],
                     "blocks": bound.blocks, "overlapped": bound.overlapped or not multiplies,
                     "bound_by": bound.largest if multiplies else "memory",
                     "tile_cycles": bound.cycles if multiplies else float("nan"),

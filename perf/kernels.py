@@ -28,6 +28,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256, 512, 1024)
 N, C, D = 1024, 1_000_000, 512  # of the predicted step
 TILED = ("reduce_chunk", "weigh_chunk")
+AHEAD = ("UTMALDG", "cp.async")  # loads that others do not wait for
 SGD, ADAMW = "finish_rows, sgd", "finish_rows, adamw"  # finish_rows that updates the rows
 STATES = {SGD: 1, ADAMW: 2}
 
@@ -184,10 +185,11 @@ def line(kernel: str, compiled: Compiled, gpu: Gpu, size: Size) -> dict[str, Any
         if tiled else f"{of['BLOCK_K']}x{of['BLOCK_D']}",
         "warps": of["num_warps"], "stages": of["num_stages"] if multiplies else 1, "registers": compiled.registers,
         "spills": compiled.spills, "shared_memory": compiled.shared, "blocks": static.blocks(compiled, gpu),
-        "matrix_instructions": sum(code.loop[kind] for kind in MATRIX),
-        "matrix_kind": next((kind for kind in MATRIX if code.loop[kind] or code.rest[kind]), ""),
-        "loads_ahead": next((kind for kind in ("UTMALDG", "cp.async") if code.loop[kind] or code.rest[kind]), ""),
-        "exp2": code.loop["exp2"] + code.rest["exp2"], "spill_instructions": code.loop["spill"] + code.rest["spill"],
+        "matrix_instructions": sum(code.looped[kind] for kind in MATRIX),
+        "matrix_kind": next((kind for kind in MATRIX if code.written[kind]), ""),
+        "loads_ahead": next((kind for kind in AHEAD if code.written[kind]), ""),
+        "load_instructions": sum(code.looped[kind] for kind in AHEAD),
+        "exp2": code.written["exp2"], "spill_instructions": code.written["spill"],
         "launch_bytes": launch_bytes(kernel, size, slots), "main_memory_bytes": moved,
         "launch_flops": launch_flops(kernel, size), "tiles": count,
     }  # fmt: skip

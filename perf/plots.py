@@ -87,12 +87,17 @@ def against_classes(frame: pd.DataFrame, column: str, unit: float, label: str) -
         axis.set(xscale="log", yscale="log", xlabel="classes C", title=heading)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    named = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)
     return figure
 
 
 def time_against_classes(found: Findings) -> Figure | None:
     return against_classes(measured(found), "median_s", 1e3, "ms, forward + backward")
+
+
+def softmax_against_classes(found: Findings) -> Figure | None:
+    return against_classes(measured(found, loss="softmax"), "median_s", 1e3, "ms, forward + backward")
 
 
 def memory_against_classes(found: Findings) -> Figure | None:
@@ -116,11 +121,15 @@ def speed_up(found: Findings) -> Figure | None:
     figure, axes = plt.subplots(1, len(parts), figsize=(3.6 * len(parts), 3.2), layout="constrained", squeeze=False)
     for axis, ((dtype, d), part) in zip(axes[0], parts, strict=True):
         table = part.pivot_table(index="N", columns="C", values="times_ours")
+        single = part.pivot_table(index="N", columns="C", values="samples")
         axis.imshow(np.log2(table.to_numpy()), cmap="RdYlGn", vmin=-3, vmax=3, aspect="auto", origin="lower")
         for i, j in np.ndindex(table.shape):
             value = table.iat[i, j]
             if value == value:
-                axis.text(j, i, f"{value:.1f}x", ha="center", va="center", color="black", fontsize=9)
+                once = single.iat[i, j] == 1
+                axis.text(
+                    j, i, f"{value:.1f}x" + ("*" if once else ""), ha="center", va="center", color="black", fontsize=9
+                )
         axis.set_xticks(range(table.shape[1]), [f"{c / 1000:,.0f}k" for c in table.columns], fontsize=8)
         axis.set_yticks(range(table.shape[0]), [str(n) for n in table.index])
         axis.set(title=f"{dtype}, D={d}", xlabel="C")
@@ -250,11 +259,13 @@ def fits(found: Findings) -> Figure | None:
 
 PICTURES = (
     Picture("time", "Time against classes", "Time of forward and backward over the number of classes, a line per code; "
-            "all grow in proportion, ours is the lowest or near it.", time_against_classes),
+            "all grow in proportion.", time_against_classes),
+    Picture("time_softmax", "Time against classes, without a margin", "The same of plain softmax cross-entropy, with "
+            "torch's own fused losses.", softmax_against_classes),
     Picture("memory", "Memory against classes", "Peak memory beyond W, its gradient and the inputs over the number of "
             "classes: ours stays flat, code with full logits grows in proportion.", memory_against_classes),
     Picture("speed_up", "How many times longer the usual code takes", "Heat maps over batch size and classes of the "
-            "time of plain code with full logits divided by ours.", speed_up),
+            "time of plain code with full logits divided by ours; * of a single step.", speed_up),
     Picture("limit", "Part of the machine's limit", "Bars: the least time that the work needs on this machine, as a "
             "percentage of the time taken, by code and mode.", fraction_of_limit),
     Picture("errors", "Errors against float64", "Dots: relative distance from float64 of loss, dX and dW, by code and "

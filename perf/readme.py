@@ -37,7 +37,8 @@ def numbers(results: Results) -> str:
     found = find(results)
     parts = [
         f"{sentence(found)} ArcFace, D={D}, C={C:,}, forward and backward; in bold units of one N x D x C GEMM into a "
-        "buffer that exists, in the same dtype and round (the least possible without retained logits is 4):",
+        "buffer that exists, in the same dtype and round. Without retained logits a step makes four products, of tiles "
+        "that stay in the cache, where that one GEMM writes all N x C to main memory:",
         markdown(speed(rows, results.samples)),
         "Peak memory beyond W, its gradient and the inputs (D=128, N=256, float32, forward and backward):",
         markdown(memory(rows)),
@@ -126,8 +127,8 @@ def complete(results: Results) -> str:
     cases = [case for block in blocks.values() for case in block]
     held = sum(key(case) in known for case in cases)
     return (
-        f"The committed table holds {held:,} of the {len(cases):,} cases of `--full`, and {whole} of its {len(blocks)} "
-        "sizes whole; `python -m perf run --full` goes on with the rest."
+        f"The committed table has an answer (a time, or why there is none) for {held:,} of the {len(cases):,} cases of "
+        f"`--full`, and {whole} of its {len(blocks)} sizes whole; `python -m perf run --full` goes on with the rest."
     )
 
 

@@ -58,6 +58,7 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
         "failed": failed_table(found),
         "machines": machines(results),
         "ceilings": ceilings_table(results),
+        "low": low_precision(results),
         "schema": COLUMNS,
         "checked": checked_words(found),
     }
@@ -108,6 +109,20 @@ def behind_words(line: dict[str, Any]) -> str:
     return (
         f"{line['title']}, {line['loss']}, {line['dtype']}: up to {digits(line['times'])} times as fast as ours "
         f"({line['where']}){line['memory']}; {cases}"
+    )
+
+
+def low_precision(results: Results) -> str:
+    """What a product in bfloat16 costs on this machine, beside the passes that cost the same in any dtype."""
+    rate = results.ceilings[results.ceilings["kind"] == "GEMM"].groupby("dtype")["per_second"].max()
+    if not {"float32", "bfloat16"} <= set(rate.index):
+        return ""
+    times = rate["float32"] / rate["bfloat16"]
+    if times > 1.0:
+        return f"In bfloat16 a product takes {digits(times)} times as long on this machine. "
+    return (
+        f"In bfloat16 a product takes {times:.0%} of its time in float32 on this machine, and the passes over class "
+        "rows cost the same, so they weigh more. "
     )
 
 
@@ -219,7 +234,8 @@ def headline_table(found: Findings) -> pd.DataFrame:
     return pd.DataFrame([
         {"size": size_words(row), "ours": seconds(row["ours_s"]), "GEMMs": digits(row["x_gemm"]),
          "of the limit": percent(row["fraction"]),
-         "fastest other": row["other"], "its time": row["other_time"], "times ours": digits(row["times"]),
+         "fastest other": row["other"], "its time": row["other_time"],
+         "times ours": digits(row["times"]) + (" (noise)" if row["level"] else ""),
          "ours, memory": megabytes(row["ours_mb"]), "its memory": megabytes(row["other_mb"])}
         for row in found.headline.to_dict("records")
     ])  # fmt: skip

@@ -59,11 +59,11 @@ class Bound(NamedTuple):
 
 def blocks(compiled: Compiled, gpu: Gpu) -> int:
     """How many programs a processor holds at a time."""
-    registers = -(-compiled.registers // 8) * 8 * compiled.threads
+    registers = -(-compiled.registers // 8) * 8 * compiled.all_threads
     return min(
         gpu.shared_total // max(compiled.shared + 1024 * (not gpu.target.startswith("gfx")), 1),
         gpu.registers // max(registers, 1),
-        gpu.threads // compiled.threads,
+        gpu.threads // compiled.all_threads,
     )
 
 
@@ -72,13 +72,18 @@ def tile_bound(compiled: Compiled, gpu: Gpu, dtype: str, memory_bytes: float) ->
     of = compiled.options
     block_n, block_c, block_d = of["BLOCK_N"], of["BLOCK_C"], of["BLOCK_D"]
     rounds = -(-of["D"] // block_d)
-    done = compiled.instructions.per_tile(rounds)
+    done, beside = compiled.instructions.per_tile(rounds), compiled.instructions.beside(rounds)
     size = itemsize(dtype)
     resident = blocks(compiled, gpu)
     return Bound(
         matrix=2 * block_n * block_c * block_d * rounds / gpu.matrix_rate(dtype),
         exp=(done["exp2"] + done["special"]) * compiled.threads / gpu.special,
-        issue=sum(count for kind, count in done.items() if kind != "scalar") * compiled.threads / gpu.issue,
+        # Of warps beside the others at most all that were added take each instruction.
+        issue=(
+            sum(count for kind, count in done.items() if kind != "scalar") * compiled.threads
+            + sum(beside.values()) * (compiled.all_threads - compiled.threads)
+        )
+        / gpu.issue,
         shared=operand_numbers(compiled) * rounds * size / gpu.shared_bandwidth,
         memory=memory_bytes / (gpu.memory / gpu.processors / gpu.clock),
         latency=rounds * LATENCY / max(of["num_stages"] - 1, 1) / max(resident, 1),
@@ -91,7 +96,7 @@ def operand_numbers(compiled: Compiled) -> int:
     """Numbers that go through shared memory in one round: loaded once, read by every group of warps that needs them."""
     of = compiled.options
     n, c, d = of["BLOCK_N"], of["BLOCK_C"], of["BLOCK_D"]
-    kinds = compiled.instructions.per_tile(1)
+    kinds = compiled.instructions.written
     if kinds["HGMMA"]:  # a warp group of 64 samples reads its own and all classes
         return d * (n + c + n + max(1, n // 64) * c)
     if kinds["UTCMMA"]:  # 128 samples at a time

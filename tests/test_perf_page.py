@@ -240,7 +240,7 @@ def ranked(times: float, wrong: str = "", scatter: float = 0.0, rounds: int = 6)
                       "wrong": wrong if provider == "plain" else "",
                       "peak_mb": 2.0, "error_dx": 0.0, "error_dw": 0.0, "error_loss": 0.0})  # fmt: skip
         off = scatter if provider == "plain" else 0.0
-        samples += [{**{name: line[name] for name in results.KEY}, "round": k, "place": "",
+        samples += [{**{name: line[name] for name in results.KEY}, "run": "1", "round": k, "place": "",
                      "seconds": ratio * (1.0 + off * (2 * (k % 2) - 1))} for k in range(rounds)]  # fmt: skip
     empty = results.load(Path("/nonexistent"))
     return findings.find(empty._replace(rows=pd.DataFrame(lines), samples=pd.DataFrame(samples)))
@@ -351,16 +351,30 @@ def test_a_slowdown_of_fifteen_percent_is_found(steady: results.Results) -> None
 
 
 def test_noise_hides_what_it_must(steady: results.Results) -> None:
-    noisy = spread(steady, 0.5)
+    noisy = spread(steady, 0.1)
     found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
     assert set(found["verdict"]) == {""}
     assert any("ours as a whole" in line for line in compare.regressions(found, 0.1)), "many rows see it all the same"
+    noisy = spread(steady, 0.5)
+    found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
+    assert compare.regressions(found, 0.1) == [], "not even all of them"
+    assert " 0 of our " in compare.words(found, 0.1)
+
+
+def test_what_fails_now_is_a_regression_and_what_nobody_tried_is_none(steady: results.Results) -> None:
+    gone = slowed(steady, 1.0, samples=0, note="out of memory: 9 GB")
+    bad = compare.regressions(compare.compare(steady, gone, 0.1), 0.1)
+    assert bad
+    assert all("failed: out of memory" in line for line in bad)
+    untried = slowed(steady, 1.0, samples=0, note="not begun: the run's 2 minutes were over")
+    assert compare.regressions(compare.compare(steady, untried, 0.1), 0.1) == []
 
 
 def test_a_bands_width_is_that_of_the_ratio() -> None:
     def line(provider: str, number: int, seconds: float, place: str = "") -> dict[str, object]:
         size = {"loss": "arcface", "dtype": "float32", "N": 1, "D": 1, "C": 1, "device": "cpu"}
-        return {**size, "provider": provider, "mode": STEP, "round": number, "place": place, "seconds": seconds}
+        rest = {"mode": STEP, "run": "1", "round": number, "place": place, "seconds": seconds}
+        return {**size, "provider": provider, **rest}
 
     # A machine that slows down as a whole scatters times and not ratios.
     lines = [line(name, k, (1.0 + k) * factor) for k in range(8) for name, factor in (("ours", 1.0), ("plain", 2.0))]
@@ -368,6 +382,9 @@ def test_a_bands_width_is_that_of_the_ratio() -> None:
     lines = [line("ours", k, 1.0) for k in range(8)] + [line("plain", k, 2.0 + k % 2) for k in range(8)]
     found = noise.of_ratios(pd.DataFrame(lines), "ours")
     assert found.tolist() == pytest.approx([0.0, 1.2533 / 1.349 / math.sqrt(8) / 2.5])
+    again = [{**each, "run": "2", "seconds": 10.0} for each in lines if each["provider"] == "ours"]
+    both = noise.of_ratios(pd.DataFrame(lines + again), "ours")
+    assert both.xs("1", level="run").tolist() == found.tolist(), "another run's times were not taken in turns"
     yard = [line("gemm", k, 1.0, "first") for k in range(8)] + [line("gemm", k, 1.0 + 0.1 * (k % 2)) for k in range(8)]
     assert noise.of_yardstick(pd.DataFrame(yard)) == pytest.approx(1.2533 * 0.1 / 1.349 / math.sqrt(8) / 1.05)
 
