@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     harness.mlir.parse = functools.lru_cache(maxsize=1000)(harness.mlir.parse)
     session = sanitize.session(cc=int(MACHINE.removeprefix("ttsem-")))
     config.ttsem_state = session.__enter__()
-    config.ttsem_modules = lambda: harness.mlir.parse.cache_info().currsize
+    config.ttsem_modules = lambda: harness.mlir.parse.cache_info().misses
     config.add_cleanup(lambda: session.__exit__(None, None, None))
     torch.cuda.is_current_stream_capturing = lambda: False  # the GPU that ttsem plays has no graphs
     # Buffers that the library makes hold nan until somebody writes them.

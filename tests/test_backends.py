@@ -208,9 +208,11 @@ def test_a_kernels_folder_in_the_cache_that_cannot_be_written_is_said_and_done_w
 
 
 @cpu_only
-@pytest.mark.parametrize(("place", "retried"), [("cache", True), ("elsewhere", False)])
+@pytest.mark.parametrize(("place", "reason", "retried"), [
+    ("cache", errno.EROFS, True), ("elsewhere", errno.EROFS, False), ("", errno.ENOSPC, True),
+])  # fmt: skip
 def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
-    place: str, retried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, reason: int, retried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
     from tritonmargin.kernels import triton_ops
@@ -226,7 +228,7 @@ def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
         def launch(self) -> None:
             tried.append(triton.knobs.cache.dir)
             try:
-                raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / place / "key"))
+                raise OSError(reason, os.strerror(reason), *([str(tmp_path / place / "key")] if place else []))
             except OSError as error:
                 if len(tried) == 1:
                     raise RuntimeError("what Triton may make of it") from error

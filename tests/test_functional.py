@@ -85,6 +85,38 @@ def test_against_the_reference(name: str, objective: str, shape: str, backend: s
         assert_same(ours, oracle(given, margin, **options), *allowed, what=options)
 
 
+@every_backend
+@combinations(("name", "objective"), MARGINS, ("softmax", "lse-hinge", "hinge"))
+def test_low_precision_is_that_of_the_products(name: str, objective: str, backend: str) -> None:
+    """Of several tiles, with and without the kept ones: on a GPU float32's are not the kernels' own products.
+
+    Not of the max-hinge: rounded logits have another hardest class.
+    """
+    given, margin = problem(40, 24, 150).to(torch.bfloat16), MARGINS[name]()
+    if margin.unit_embeddings:
+        margin.s = 8.0  # logits of 64 are known to a quarter
+    kept = {"retain_bytes": 10**6, "bias": made(150).bfloat16()} if not margin.unit_weight else {"retain_bytes": 10**6}
+    for options in ({}, kept):
+        bias = options.pop("bias", None)
+        this = given if bias is None else replace(given, bias=bias)
+        ours = streamed(this, margin, backend=backend, objective=objective, chunk_bytes=50_000, **options)
+        expected = oracle(this, margin, objective=objective)
+        assert_same(ours, expected, 0.1, 0.02 * float(expected["dw"].abs().max()), what=options)
+
+
+@every_backend
+@pytest.mark.parametrize("objective", ["softmax", "hinge"])
+def test_hooks_may_give_what_was_saved_another_layout(objective: str, backend: str) -> None:
+    """As torch.autograd.graph.save_on_cpu does: retained tiles come back with lines of their own."""
+    given = problem(20, 16, 133, bias=True).to(precise(backend)[0])
+    options: dict[str, Any] = {"objective": objective, "retain_bytes": 10**6, "backend": backend}
+    expected = streamed(given, tm.Softmax(), **options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: each.detach().contiguous().clone(), lambda each: each):
+        moved = streamed(given, tm.Softmax(), **options)
+    for name, value in expected.items():
+        assert torch.equal(moved[name], value), name
+
+
 def option(name: str, given: Problem) -> tuple[Problem, dict[str, object]]:
     """A problem and the keywords that make this option matter."""
     c = len(given.w)

@@ -75,12 +75,11 @@ def private_cache(error: OSError) -> None:
 def unwritable(error: BaseException | None) -> OSError | None:
     """What of the error says that a place in Triton's cache cannot be written, if anything does."""
     while error is not None:
-        if (
-            isinstance(error, OSError)
-            and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            and str(error.filename).startswith(triton.knobs.cache.dir)
-        ):
-            return error
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # which writing says without a name
+            closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if full or (closed and str(error.filename).startswith(triton.knobs.cache.dir)):
+                return error
         error = error.__cause__ or error.__context__
     return None
 
