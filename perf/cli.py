@@ -273,7 +273,7 @@ def audit_command(
         others = epilogues.table(targets, tuple(each for each in dtypes if each != "float32"), say)
         predicted = pd.concat([kernels.predict(GPUS[name]) for name in targets], ignore_index=True)
         ran = executed.table()
-    rules = kernels.budgets(frame, others)
+    rules = kernels.budgets(frame, others, ran)
     boxed(rules, "budgets")
     shown = predicted[["target", "schedule", "predicted_ms", "predicted_fraction_of_peak", "times_the_floor"]]
     boxed(shown.round(3), "a step, predicted: N=1024, D=512, C=1,000,000, bfloat16")

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from perf import kernels
+from perf.compiled import multiplying
 from perf.counted import counting
 from perf.kernels import DTYPES, TILED, Size
 from tritonmargin.kernels import triton_ops
@@ -16,7 +17,7 @@ from tritonmargin.kernels import triton_ops
 SIZE = 128, 64, 384  # N, D, classes: whole tiles, and several of them
 
 
-def table(dtypes: tuple[str, ...] = ("bfloat16", "float32")) -> pd.DataFrame:
+def table(dtypes: tuple[str, ...] = ("bfloat16", "tf32", "float32")) -> pd.DataFrame:
     """A line per kernel and dtype; under ttsem, as code for compute capability 9.0."""
     from ttsem import sanitize
 
@@ -29,9 +30,9 @@ def executed(dtype: str) -> list[dict[str, Any]]:
     size = Size(n, d, k, dtype)
     lines = []
     for name, launch in kernels.launches(DTYPES[dtype], n, d, k):
-        with counting() as count:
+        with multiplying(dtype), counting() as count:
             launch()
-        columns, rows = tile_counts(name, size)
+            columns, rows = tile_counts(name, size)
         lines.append({
             "kernel": name, "dtype": dtype, "N": n, "D": d, "chunk": k,
             "formula_bytes": kernels.launch_bytes(name, size, columns if name in TILED else 0),

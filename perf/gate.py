@@ -3,8 +3,8 @@
 Steps in order, each with what it found written at once; no step begins after the time is up. One that has not come to
 its end is partial: the next run does it again, and measures the rows that are missing. A step that fails is a result
 too. Steps that work on the GPU have a process each: a kernel that breaks it stops no other step. `--dry-run` runs every
-step on this machine without a GPU, at tiny sizes, kernels executed by ttsem: its numbers say nothing, it shows that the
-gate works.
+step on this machine without a GPU, at tiny sizes: tests and errors by kernels that ttsem executes, times by the torch
+backend, no CUDA graphs and no search. Its numbers say nothing, it shows that the gate works.
 
     environment  versions, the GPU, clocks
     tests        tests/test_kernels.py on this GPU, in at most 30 % of the time
@@ -482,7 +482,7 @@ def alone(call: Callable[[], Any], gate: Gate) -> float:
 
 
 def search(gate: Gate) -> list[dict[str, Any]]:
-    if gate.dry:  # nothing can be timed: one candidate, compiled
+    if gate.dry:  # nothing can be timed: one candidate, to show the row
         tile = next(tune.candidates(tune.GPUS["sm_80"], "bfloat16"))
         return [{"target": "sm_80", "dtype": "bfloat16", **tile._asdict(), "failed": "a dry run measures nothing"}]
     frame = tune.measure(

@@ -42,7 +42,7 @@ def pick_tiles(
 ) -> Tiles:
     """The tile for x [N, D] times k rows.
 
-    From the table, where float32 that is multiplied as TF32 has lines of its own; fewer samples take a lower tile, in
+    For any number of rows the same. From the table, where float32 that is multiplied as TF32 has lines of its own; fewer samples take a lower tile, in
     three steps, so that few kernels are compiled, and a narrow D takes a narrower block of the sum. Without the product
     (float32 as it is) a tile is what a few warps read at once.
     """
@@ -50,14 +50,15 @@ def pick_tiles(
     if by_library(dtype, precision) and target != "interpreter":
         return Tiles(min(64, lowest), 64, 16, 4, 1, False, 0, 0, False)
     line = table()[f"{family(target)} {'tf32' if dtype == torch.float32 else 'bfloat16'}"]
-    block_n = min(line["block_n"], lowest)
+    block_n, block_d = min(line["block_n"], lowest), min(line["block_d"], max(16, next_power(d)))
+    rounds = (d + block_d - 1) // block_d
     # A tensor memory tile has at least 64 samples, a warp group's product too.
     return Tiles(
         block_n=block_n,
         block_c=line["block_c"],
-        block_d=min(line["block_d"], max(16, next_power(d))),
+        block_d=block_d,
         warps=line["warps"] if block_n >= 64 else 4,
-        stages=line["stages"],
+        stages=min(line["stages"], rounds + 1),  # of this tile and the next one: more leave no room for another block
         descriptors=line["descriptors"],
         programs=line["programs_per_processor"] * processors,
         registers=line["registers"],
@@ -99,7 +100,7 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: i
 def row_block(d: int) -> tuple[int, int, int]:
     """Rows, columns and warps of the row-wise kernels: whole rows, about 2048 numbers at a time.
 
-    Twice as many spill where every share is asked for (python -m perf audit).
+    The audit compiles them with every share asked for, and an update (reports/kernels_epilogues.csv).
     """
     block_d = max(16, next_power(d))
     return max(1, 2048 // block_d), block_d, min(32, max(4, block_d // 512))

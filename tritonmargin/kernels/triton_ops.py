@@ -358,7 +358,7 @@ def weigh_chunk(
         slots = triton.cdiv(n, tiles_for(x, k).block_n)
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
-    limited = kind == "softmax" or x.dtype == torch.float32
+    limited = ready is None and (kind != "hinge" or factor is None or x.dtype == torch.float32)
     launch(
         rows, x, bias, target, start, shift, ready, scratch, out, weigh_tile, SHARES[kind], ready is not None, limited
     )
