@@ -181,7 +181,8 @@ def test_only_a_narrow_d_may_wait_for_main_memory(audited: pd.DataFrame, d: int,
         ("sm_90", epilogues.HINGE_GRADIENT, 0, ("yes", KNOWN)),
         ("sm_90", "sum of exp, keeping logits", 8, ("NO", KNOWN)),
         ("sm_90", "sum of exp", 900, ("NO", "NO")),
-        ("sm_100", epilogues.HEAVIEST, 8, ("NO", "NO")),
+        ("sm_100", epilogues.HEAVIEST, 8, (KNOWN, "NO")),
+        ("sm_100", epilogues.ONLINE, 8, ("NO", "NO")),
     ],
 )
 def test_only_what_is_known_of_an_epilogue_is_excused(

@@ -511,7 +511,7 @@ def finite(shift: Tensor) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, out in the precision of sums; the product is rounded to its dtype, as one of all classes would be."""
+    """out += a @ b, out in the precision of sums; the product is rounded to its dtype, as that of all classes is."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     else:

@@ -42,9 +42,9 @@ def pick_tiles(
 ) -> Tiles:
     """The tile for x [N, D] times k rows.
 
-    For any number of rows the same. From the table, where float32 that is multiplied as TF32 has lines of its own; fewer samples take a lower tile, in
-    three steps, so that few kernels are compiled, and a narrow D takes a narrower block of the sum. Without the product
-    (float32 as it is) a tile is what a few warps read at once.
+    The same for any number of rows. From the table, where float32 that is multiplied as TF32 has lines of its own;
+    fewer samples take a lower tile, in three steps, so that few kernels are compiled, and a narrow D takes a narrower
+    block of the sum. Without the product (float32 as it is) a tile is what a few warps read at once.
     """
     lowest = 16 if n <= 16 else 64 if n <= 64 else 128
     if by_library(dtype, precision) and target != "interpreter":
