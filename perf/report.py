@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from perf import machine, plots
+from perf import correct, machine, plots
 from perf.findings import Findings, find, megabytes, percent, seconds, sentence, size_words
 from perf.results import COLUMNS, Results
 from perf.terminal import digits
@@ -74,12 +74,17 @@ def noise_words(found: Findings) -> str:
 
 
 def checked_words(found: Findings) -> str:
-    checked = found.rows[found.rows["error_dx"].notna()].drop_duplicates(["provider", "loss", "dtype", "D"])
+    rows = found.rows
+    checked = rows[rows["error_dx"].notna()].drop_duplicates(["provider", "loss", "dtype", "D"])
     wrong = checked[checked["wrong"] != ""]
+    limits = ", ".join(
+        f"{value:.2g} in {dtype}" for dtype, value in correct.BIAS.items() if dtype in set(rows["dtype"])
+    )
     right = (
         f"{len(checked) - len(wrong)} of {len(checked)} combinations of code, loss, dtype and width agree with float64"
     )
-    return f"{right}." if wrong.empty else f"{right}; the others are not ranked."
+    said = f"{right}." if wrong.empty else f"{right}; the others are not ranked."
+    return f"{said} A gradient that is too large or too small as a whole is wrong from these parts of it on: {limits}."
 
 
 def behind(found: Findings) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ COLUMNS = {
     "note": "why nothing was measured, or not all",
     "flops": "of the products that the work needs, however it is written",
     "bytes": "of main memory that it needs: W once a walk, its gradient or update",
-    "limit_s": "no code can take less: products at the GEMM's rate or memory traffic at the copy's, the larger",
+    "limit_s": "about the least time: products at the GEMM's rate or memory traffic at the copy's, the larger",
     "run": "key of runs.json",
 }
 

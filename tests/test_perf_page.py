@@ -231,13 +231,15 @@ def test_report_renders_again_from_the_csvs(written: Path) -> None:
     assert str(written) not in before
 
 
-def ranked(times: float, wrong: str = "", scatter: float = 0.0, rounds: int = 6) -> findings.Findings:
+def ranked(
+    times: float, wrong: str = "", scatter: float = 0.0, rounds: int = 6, ours_wrong: str = ""
+) -> findings.Findings:
     lines, samples = [], []
     for provider, ratio in (("ours", 1.0), ("plain", times)):
         line = fp32_line(provider, STEP, median_s=ratio, x_gemm=3.0 * ratio, times_ours=ratio, beyond_mb=1.0)
         lines.append({**line, "work": "all classes", "q25_s": ratio, "q75_s": ratio,
                       "samples": rounds, "note": "", "run": "1", "limit_s": 0.5,
-                      "wrong": wrong if provider == "plain" else "",
+                      "wrong": wrong if provider == "plain" else ours_wrong,
                       "peak_mb": 2.0, "error_dx": 0.0, "error_dw": 0.0, "error_loss": 0.0})  # fmt: skip
         off = scatter if provider == "plain" else 0.0
         samples += [{**{name: line[name] for name in results.KEY}, "run": "1", "round": k, "place": "",
@@ -261,6 +263,12 @@ def test_one_step_is_no_comparison() -> None:
     assert found.counts["compared"] == 0
     assert found.behind.empty
     assert report.headline_table(found)["its time"].tolist() == ["500 ms (one step)"]
+
+
+def test_nobody_is_compared_with_ours_where_ours_is_wrong() -> None:
+    found = ranked(0.5, ours_wrong="error of dw 1.0e-03 > 2e-05")
+    assert found.counts["compared"] == 0
+    assert found.behind.empty
 
 
 def test_who_is_wrong_is_not_ranked() -> None:
