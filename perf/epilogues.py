@@ -21,6 +21,7 @@ from tritonmargin.kernels.torch_ops import Rows, Running, Shares
 from tritonmargin.kernels.updates import RowUpdate
 
 N, D, K = 1024, 512, 4096
+LOWER = 16, 64  # samples up to which tiles are lower
 KEEPING = "keeping logits"
 ONLINE = f"online, bias, statistics, {KEEPING}"
 HEAVIEST = f"hinge, online, bias, statistics, {KEEPING}"
@@ -127,6 +128,9 @@ def table(
             say(f"epilogues: {target} {dtype}")
             x, rows = (torch.empty(size, D, dtype=DTYPES[dtype]) for size in (N, K))
             launches = epilogues(x, rows) | of_rows(DTYPES[dtype])
+            for n in LOWER:  # the other two heights of a tile
+                lower = epilogues(x[:n], rows)
+                launches |= {f"{name}, {n} samples": lower[name] for name in ("sum of exp", "gradient of exp")}
             with multiplying(dtype), compiling_for(gpu.target, gpu.processors, int(gpu.capacity)) as found:
                 for launch in launches.values():
                     launch()
