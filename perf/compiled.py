@@ -189,6 +189,8 @@ def read_nvidia(cubin: bytes, specialised: bool) -> tuple[int, int, Instructions
     # The epilogue's warps come first; behind their end is the code of the others.
     exits = [place for place, (_, name, _) in zip(places, lines, strict=True) if name == "EXIT"]
     end = next(place for place in exits if place > places[kinds.index("exp2") if "exp2" in kinds else 0])
+    if not any(place > end for place, kind in zip(places, kinds, strict=True) if kind in MATRIX):
+        return registers, spills, split(places, kinds, jumps)  # the compiler found nothing to share
     return registers, spills, split_specialised(places, kinds, jumps, end)
 
 

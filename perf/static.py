@@ -88,7 +88,7 @@ def tile_bound(compiled: Compiled, gpu: Gpu, dtype: str, memory_bytes: float) ->
         memory=memory_bytes / (gpu.memory / gpu.processors / gpu.clock),
         latency=rounds * LATENCY / max(of["num_stages"] - 1, 1) / max(resident, 1),
         blocks=resident,
-        overlapped=resident >= 2 or of.get("SPECIALISED", False),
+        overlapped=resident >= 2 or bool(compiled.instructions.products),
     )
 
 

@@ -60,9 +60,10 @@ def pick_tiles(
         warps=line["warps"] if block_n >= 64 else 4,
         stages=min(line["stages"], rounds + 1),  # of this tile and the next one: more leave no room for another block
         descriptors=line["descriptors"],
-        programs=line["programs_per_processor"] * processors,
+        # Low tiles are multiplied by the warps themselves: nothing to share, and room for another block.
+        programs=(line["programs_per_processor"] + (line["specialised"] and block_n < 64)) * processors,
         registers=line["registers"],
-        specialised=line["specialised"],
+        specialised=line["specialised"] and block_n >= 64,
     )
 
 
