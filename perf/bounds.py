@@ -15,7 +15,7 @@ NAMES = {
     "beyond_mb": "MB beyond W, its gradient and the inputs",
     "beyond_rss_mb": "MB of the resident set beyond them",
     "growth": "times the memory at C=10^5",
-    "per_class": "times the GEMMs at C=10^5",
+    "per_class": "times the time per class at C=10^5",
 }
 BASE = 100_000  # classes that growth and time per class are compared with
 
@@ -91,9 +91,8 @@ def derive(frame: pd.DataFrame) -> pd.DataFrame:
     gradient = frame["C"] * frame["D"] * frame["dtype"].map({"float32": 4, "float64": 8}).fillna(2) / 1e6
     frame["beyond_rss_mb"] = frame["rss_mb"] - gradient.where(frame["mode"] == STEP, 0.0)
     key = ["loss", "provider", "mode", "dtype", "N", "D", "device"]
-    # GEMMs of the same size and round: times of two runs are not comparable.
-    for column, new in (("beyond_mb", "growth"), ("x_gemm", "per_class")):
-        value = frame[column]
+    for column, new, per_class in (("beyond_mb", "growth", False), ("median_s", "per_class", True)):
+        value = frame[column] / frame["C"] if per_class else frame[column]
         base = frame[key].assign(base=value)[frame["C"] == BASE].drop_duplicates(key)
         joined = frame[key].merge(base, on=key, how="left")["base"].to_numpy(dtype=float)
         frame[new] = value.to_numpy(dtype=float) / joined
