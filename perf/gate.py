@@ -3,8 +3,9 @@
 Steps in order, each with what it found written at once; no step begins after the time is up. One that has not come to
 its end is partial: the next run does it again, and measures the rows that are missing. A step that fails is a result
 too. Steps that work on the GPU have a process each: a kernel that breaks it stops no other step. `--dry-run` runs every
-step on this machine without a GPU, at tiny sizes: tests and errors by kernels that ttsem executes, times by the torch
-backend, no CUDA graphs and no search. Its numbers say nothing, it shows that the gate works.
+step on this machine without a GPU, at tiny sizes, with kernels that ttsem executes, and searches among two tiles: but
+for CUDA graphs, and for what draws on the GPU or is compiled by torch, which it does on the CPU. Its numbers say
+nothing, it shows that the gate works.
 
     environment  versions, the GPU, clocks
     tests        tests/test_kernels.py on this GPU, in at most 30 % of the time
@@ -23,6 +24,7 @@ gate.html.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import importlib.util
@@ -37,8 +39,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ import tritonmargin as tm
 from perf import kernels, machine, static, tune
 from perf.clock import seconds, synchronise
 from perf.gpus import Gpu, card
-from perf.problem import Problem
+from perf.problem import Problem, Tensors
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
 from perf.results import replace
@@ -60,6 +62,7 @@ from tritonmargin.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "search", "verdict")
+PLAYED = ("ours", "ours-retain", "ours-in-backward")  # by the kernels, in a dry run too
 APART = ("errors", "rate", "speed", "profile", "chunks", "search")
 TESTS_SHARE = 0.3  # of the minutes: what is measured should have some left
 GRACE = 60.0  # seconds that a step may take to see that the time is up: a compilation ends by itself
@@ -95,9 +98,24 @@ class Gate:
         """Seconds."""
         return 60.0 * self.minutes - (time.monotonic() - self.begin)
 
+    device = "cuda"  # in a dry run ttsem plays it
+
     @property
-    def device(self) -> str:
-        return "cuda"
+    def clock(self) -> str:
+        """Whose time is taken."""
+        return "cpu" if self.dry else self.device
+
+    def device_of(self, name: str) -> str:
+        """Where a provider runs: peers, and what ttsem does not play, on the CPU of a dry run."""
+        return self.device if name in PLAYED or not self.dry else "cpu"
+
+    def tensors(self, p: Problem) -> Tensors:
+        if not (self.dry and p.device == self.device):
+            return p.tensors()
+        # ttsem's GPU draws no numbers.
+        made = dataclasses.replace(p, device="cpu").tensors()
+        x, weight, target = (each.detach().to(p.device) for each in (made.x, made.weight, made.target))
+        return Tensors(x.requires_grad_(), weight.requires_grad_(), target)
 
     def run(self) -> bool:
         """Every step that is not done; whether all are, and none failed."""
@@ -252,7 +270,7 @@ def errors(gate: Gate) -> list[dict[str, Any]]:
     n, d, c = (24, 32, 300) if gate.dry else (512, 512, 50_000)
     margin = tm.ArcFace(m=0.5, s=64.0)
     lines = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         p = Problem(n, d, c, str(dtype).removeprefix("torch."), gate.device)
         made = torch.Generator().manual_seed(0)
         x = torch.randn(n, d, generator=made).to(gate.device, dtype)
@@ -299,7 +317,7 @@ def rate(gate: Gate) -> dict[str, float]:
 
 
 SIZES = [(1024, 512, 1_000_000), (1024, 512, 100_000), (256, 512, 1_000_000)]
-DTYPES = {100_000: ("bfloat16", "float32")}  # of the sizes with so many classes; of others bfloat16
+DTYPES = {100_000: ("bfloat16", "float32", "float16")}  # of the sizes with so many classes; of others bfloat16
 GRAPH = "ours-graph"
 ROWS = {
     "arcface": ("ours", GRAPH, "plain", "ours-torch", "ours-retain", "ours-in-backward", "ours-sampled", "pml"),
@@ -319,13 +337,14 @@ def speed(gate: Gate) -> list[dict[str, Any]]:
         for loss, names in rows.items()
         for name in names
     ]
-    tensors = functools.lru_cache(1)(Problem.tensors)
+    tensors = functools.lru_cache(1)(gate.tensors)
 
     def row(line: dict[str, Any]) -> dict[str, Any]:
         if not gate.dry:
             torch.cuda.synchronize()  # raises where the row before broke the GPU's context: no row is blamed for it
         size = (line["N"], line["D"], line["C"], line["dtype"])
-        p, name = Problem(*size, "cpu" if gate.dry else gate.device, line["loss"]), line["provider"]
+        name = line["provider"]
+        p = Problem(*size, gate.device_of(name), line["loss"])
         if name == GRAPH:
             return in_a_graph(p, tensors(p), gate)
         if class_of(name) is None:
@@ -394,9 +413,8 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
 def median(call: Callable[[], Any], gate: Gate) -> float:
     """Seconds, after a warm-up; of fewer rounds where a call takes long."""
     call()
-    device = "cpu" if gate.dry else gate.device
-    rounds = 1 if gate.dry else max(3, min(20, int(1.0 / max(seconds(call, device)[0], 1e-9))))
-    return statistics.median(seconds(call, device)[0] for _ in range(rounds))
+    rounds = 1 if gate.dry else max(3, min(20, int(1.0 / max(seconds(call, gate.clock)[0], 1e-9))))
+    return statistics.median(seconds(call, gate.clock)[0] for _ in range(rounds))
 
 
 def profile(gate: Gate) -> list[dict[str, Any]]:
@@ -406,9 +424,9 @@ def profile(gate: Gate) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for n, d, c in [(8, 16, 200)] if gate.dry else SIZES[:1]:
-        p = Problem(n, d, c, "bfloat16", "cpu" if gate.dry else gate.device)
+        p = Problem(n, d, c, "bfloat16", gate.device)
         provider = make("ours")
-        provider.prepare(p, p.tensors())
+        provider.prepare(p, gate.tensors(p))
 
         def step(provider: Any = provider) -> None:
             provider.reset(STEP)
@@ -416,11 +434,11 @@ def profile(gate: Gate) -> list[dict[str, Any]]:
 
         begun = []
         for _ in range(1 if gate.dry else 10):
-            synchronise(p.device)
+            synchronise(gate.clock)
             start = time.perf_counter()
             step()
             launched = time.perf_counter()
-            synchronise(p.device)
+            synchronise(gate.clock)
             begun.append((time.perf_counter() - start, launched - start))
         size = {"N": n, "D": d, "C": c, "dtype": p.dtype}
         whole, cpu = (1e6 * statistics.median(each) for each in zip(*begun, strict=True))
@@ -431,7 +449,7 @@ def profile(gate: Gate) -> list[dict[str, Any]]:
         kinds = [torch.profiler.ProfilerActivity.CPU if gate.dry else torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as seen:
             step()
-            synchronise(p.device)
+            synchronise(gate.clock)
         of_kernel: dict[str, list[float]] = {}
         for event in seen.events():
             taken = event.cpu_time if gate.dry else event.device_time
@@ -454,10 +472,10 @@ def chunks(gate: Gate) -> list[dict[str, Any]]:
         for n, d, c, dtype in ([(8, 16, 200, "bfloat16")] if gate.dry else [(*SIZES[0], "bfloat16")])
         for chunk in ((0, 64) if gate.dry else CHUNKS)
     ]
-    tensors = functools.lru_cache(1)(Problem.tensors)
+    tensors = functools.lru_cache(1)(gate.tensors)
 
     def row(line: dict[str, Any]) -> dict[str, Any]:
-        p = Problem(line["N"], line["D"], line["C"], line["dtype"], "cpu" if gate.dry else gate.device)
+        p = Problem(line["N"], line["D"], line["C"], line["dtype"], gate.device)
         provider = make("ours")
         provider.chosen["chunk_bytes"] = line["chunk"] * (p.n + 2 * p.d) * 4 or None  # see walk.chunk_classes
         found = one(provider, p, tensors(p), gate)
@@ -482,12 +500,10 @@ def alone(call: Callable[[], Any], gate: Gate) -> float:
 
 
 def search(gate: Gate) -> list[dict[str, Any]]:
-    if gate.dry:  # nothing can be timed: one candidate, to show the row
-        tile = next(tune.candidates(tune.GPUS["sm_80"], "bfloat16"))
-        return [{"target": "sm_80", "dtype": "bfloat16", **tile._asdict(), "failed": "a dry run measures nothing"}]
+    small = tune.Small(lambda call: median(call, gate)) if gate.dry else None
     frame = tune.measure(
         "bfloat16", gate.say, left=lambda: gate.left, found=gate.result("search"),
-        keep=lambda rows: gate.keep("search", rows),
+        keep=lambda rows: gate.keep("search", rows), small=small,
     )  # fmt: skip
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
@@ -598,23 +614,31 @@ def judge(out: Path) -> bool:
     return bool(gate.state["steps"]["verdict"]["status"] == "done")
 
 
+@contextmanager
+def played() -> Iterator[None]:
+    """ttsem in the GPU's place."""
+    from ttsem import harness, sanitize
+
+    parse, capturing = harness.mlir.parse, torch.cuda.is_current_stream_capturing
+    harness.mlir.parse = functools.lru_cache(maxsize=1000)(parse)  # a launch like an earlier one is parsed once
+    torch.cuda.is_current_stream_capturing = lambda: False  # it has no graphs
+    try:
+        with sanitize.session(cc=90):
+            yield
+    finally:
+        harness.mlir.parse, torch.cuda.is_current_stream_capturing = parse, capturing
+
+
 def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:
     if not dry and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --dry-run shows that the gate works")
     if not dry:
         return Gate(out, dry, minutes, say, apart=True).run()
-    from ttsem import sanitize
-
-    with sanitize.session(cc=90):  # no GPU's state could break: one process for all steps
+    with played():  # no GPU's state could break: one process for all steps
         return Gate(out, dry, minutes, say).run()
 
 
 def only(out: Path, dry: bool, minutes: float, name: str) -> None:
     """One step, in this process."""
-    session: Any = nullcontext()
-    if dry:
-        from ttsem import sanitize
-
-        session = sanitize.session(cc=90)
-    with session:
+    with played() if dry else nullcontext():
         Gate(out, dry, minutes, functools.partial(print, flush=True)).step(name)

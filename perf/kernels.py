@@ -450,7 +450,7 @@ def write(frame: pd.DataFrame, others: pd.DataFrame, predicted: pd.DataFrame, ra
 
 Written by `python -m perf audit` on {time.strftime("%Y-%m-%d")} with triton {triton.__version__}.
 Every kernel was compiled by Triton for each target as the stream launches it (float16, which the stream multiplies as
-float32, as it would be), and read back as machine code. **Nothing
+TF32, as it would be), and read back as machine code. **Nothing
 here was measured on a GPU**: times are predicted by the model of `perf/static.py` from the published rates of
 `perf/gpus.py`, matrix units taken at {static.SUSTAINED:.0%} of their peak. What an H200 made of its predictions is in
 [gpu-h200](gpu-h200/verdict.csv).

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -64,6 +64,16 @@ def measurable(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         yield tile._replace(programs=2 if tile.programs else 0)
         if tile.descriptors and not tile.specialised:
             yield tile._replace(descriptors=False, programs=0)
+
+
+class Small(NamedTuple):
+    """A search that only shows that it works: few candidates and numbers, another clock."""
+
+    clock: Callable[[Callable[[], None]], float]  # seconds of a call
+    candidates: int = 2
+    n: int = 16
+    d: int = 32
+    k: int = 128
 
 
 def regrouped(some: list[Row]) -> list[Row]:
@@ -250,6 +260,7 @@ def measure(
     left: Callable[[], float] = lambda: math.inf,
     found: list[Row] | None = None,
     keep: Callable[[list[Row]], Any] = lambda rows: None,
+    small: Small | None = None,
 ) -> pd.DataFrame:
     """The candidates on this machine's GPU, the fastest first; `left`, `found`, `keep`: see `measured`.
 
@@ -258,28 +269,34 @@ def measure(
     """
     import triton.testing
 
+    def in_a_graph(call: Callable[[], None]) -> float:  # seconds
+        return 1e-3 * float(triton.testing.do_bench_cudagraph(call, rep=repeats, return_mode="median"))
+
     here = tiles.gpu(0)
     gpu = like(here.target)
-    k = 256 * here.processors
-    asked: list[Row] = [{"target": gpu.target, "dtype": dtype, **tile._asdict()} for tile in measurable(gpu, dtype)]
-    if left() > 0 and len(found or []) < len(asked):
+    k, clock = (256 * here.processors, in_a_graph) if small is None else (small.k, small.clock)
+    some = itertools.islice(measurable(gpu, dtype), None if small is None else small.candidates)
+    asked: list[Row] = [{"target": gpu.target, "dtype": dtype, **tile._asdict()} for tile in some]
+    if small is None and left() > 0 and len(found or []) < len(asked):
         ahead(gpu, dtype, k, say)
-    x, classes = operands(k, dtype, device)
+    x, classes = operands(k, dtype, device) if small is None else operands(k, dtype, device, small.n, small.d)
 
     def time(line: Row) -> Row:
         tile = Tiles(*(line[name] for name in Tiles._fields))
         say(f"{gpu.target} {dtype} {tile}")
-        synchronise(device)  # raises where a candidate broke the GPU's context: the next is not blamed for it
+        synchronise(
+            device if small is None else "cpu"
+        )  # raises where a candidate broke the GPU's context: the next is not blamed for it
         try:
             with multiplying(dtype), using(here_of(tile, here.processors)):
-                taken = triton.testing.do_bench_cudagraph(both_passes(x, classes), rep=repeats, return_mode="median")
+                taken = clock(both_passes(x, classes))
         except Exception as error:  # out of resources, for one
             return {"failed": type(error).__name__}
-        return {"microseconds": 1e3 * taken, "K": k, "processors": here.processors}
+        return {"microseconds": 1e6 * taken, "K": k, "processors": here.processors}
 
     rows = measured(asked, found, time, left, keep)
     timed = sorted((row for row in rows if "microseconds" in row), key=lambda row: row["microseconds"])
-    if len(rows) == sum(row.get("failed") != UP for row in rows):
+    if small is None and len(rows) == sum(row.get("failed") != UP for row in rows):
         asked += regrouped([{name: row[name] for name in asked[0]} for row in timed[:8]])
         rows = measured(asked, [*rows, *(found or [])], time, left, keep)
     frame = pd.DataFrame(rows)
@@ -295,9 +312,9 @@ def here_of(tile: Tiles, processors: int) -> Tiles:
     return tile._replace(programs=tile.programs * processors)
 
 
-def operands(k: int, dtype: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, D] and rows [k, D] of unit length: logits inside the range of exp."""
-    x, rows = (F.normalize(torch.randn(size, D, device=device)).to(DTYPES[dtype]) for size in (N, k))
+def operands(k: int, dtype: str, device: str, n: int = N, d: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, d] and rows [k, d] of unit length: logits inside the range of exp."""
+    x, rows = (F.normalize(torch.randn(size, d)).to(device, DTYPES[dtype]) for size in (n, k))
     return x, rows
 
 

@@ -30,7 +30,7 @@ from tritonmargin.stream import stream
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
-from tritonmargin.kernels import tiles, triton_ops
+from tritonmargin.kernels import products, tiles, triton_ops
 
 TTSEM = MACHINE.startswith("ttsem")
 # The interpreter multiplies bfloat16 operands wrongly (Triton 3.6 to 3.9).
@@ -390,8 +390,8 @@ def test_precision_is_what_the_target_can() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert triton_ops.precision(torch.float32, "gfx942") == triton_ops.precision(torch.float32, "sm_80") == "tf32"
-        assert triton_ops.precision(torch.float32, "gfx90a") == triton_ops.precision(torch.bfloat16, "sm_90") == "ieee"
+        assert products.precision(torch.float32, "gfx942") == products.precision(torch.float32, "sm_80") == "tf32"
+        assert products.precision(torch.float32, "gfx90a") == products.precision(torch.bfloat16, "sm_90") == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -431,7 +431,7 @@ def test_float32_products_follow_torchs_setting(setting: str) -> None:
     try:
         torch.set_float32_matmul_precision(setting)
         x, rows, target = operands(20, 40, 64, torch.float32)
-        assert triton_ops.precision(torch.float32, "sm_90") == ("ieee" if setting == "highest" else "tf32")
+        assert products.precision(torch.float32, "sm_90") == ("ieee" if setting == "highest" else "tf32")
         run = running(20, 40, x)
         tile = unwritten_tile(20, 40, x.dtype)
         triton_ops.reduce_chunk(rows, x, None, target, 3, False, tile, tile, False, run)
@@ -442,6 +442,102 @@ def test_float32_products_follow_torchs_setting(setting: str) -> None:
     assert error < (2e-6 if setting == "highest" else 3e-3)
     if TTSEM and setting == "high":
         assert error > 1e-5  # operands of 10 bits
+
+
+def holds_tf32(values: Tensor) -> bool:
+    """Whether nothing is in the bits that matrix units cut off."""
+    return not bool((values.contiguous().view(torch.int32) & 0x1FFF).any())
+
+
+@pytest.mark.parametrize("margin", [tm.ArcFace(), tm.Softmax()], ids=["bounded, unit rows", "raw rows"])
+@pytest.mark.parametrize("setting", ["highest", "high"])
+@pytest.mark.skipif(MACHINE == "interpreter", reason="it has no TF32")
+def test_float16_is_multiplied_as_tf32_whatever_torchs_setting(
+    monkeypatch: pytest.MonkeyPatch, setting: str, margin: tm.Margin
+) -> None:
+    """By the tile kernel and by torch; afterwards the setting is what it was, where a kernel failed too."""
+    before, seen, broken = torch.get_float32_matmul_precision(), [], []
+    call, mm, addmm = triton_ops.call, torch.mm, Tensor.addmm_
+
+    def launched(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        if broken:
+            raise kernels.KernelError("broken")
+        if kernel is triton_ops.tile_kernel:
+            seen.append(options["PRECISION"])
+        call(kernel, programs, *args, **options)
+
+    def multiplied(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **options: Any) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            assert all(holds_tf32(each) for each in args[-2:])
+            return real(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(triton_ops, "call", launched)
+    monkeypatch.setattr(torch, "mm", multiplied(mm))
+    monkeypatch.setattr(Tensor, "addmm_", multiplied(addmm))
+    try:
+        torch.set_float32_matmul_precision(setting)
+        as_set = torch.backends.cuda.matmul.fp32_precision
+        found = loss_and_gradients(20, 24, 150, margin, torch.float16)
+        assert seen == ["tf32"] * 3 * 4  # chunks of 64 classes, each with two tiles and two products
+        assert torch.backends.cuda.matmul.fp32_precision == as_set
+        broken.append(True)
+        with pytest.raises(kernels.KernelError):
+            loss_and_gradients(20, 24, 150, margin, torch.float16)
+        assert torch.backends.cuda.matmul.fp32_precision == as_set
+    finally:
+        torch.set_float32_matmul_precision(before)
+    x, w = random(20, 24, seed=1, dtype=torch.float16), random(150, 24, seed=2, dtype=torch.float16)
+    x, w = x.double().requires_grad_(), w.double().requires_grad_()
+    exact = tm.reference.margin_cross_entropy(x, w, torch.arange(20, device=DEVICE) * 5 % 150, margin)
+    for ours, other in zip(found, (exact.detach(), *torch.autograd.grad(exact, (x, w))), strict=True):
+        close(ours, other, torch.float16)
+
+
+@pytest.mark.skipif(MACHINE == "interpreter", reason="it has no TF32")
+def test_what_float16_multiplies_is_rounded_to_nearest() -> None:
+    """Rows of a float32 W too, which other walks take as they are: under autocast."""
+    w = random(40, 32, seed=1)
+    with products.products(torch.float16, w, True):
+        found = triton_ops.prepare_rows(w, None, 0, 40, False, unwritten(40, 32), None).rows
+        other = products.as_operand(w, torch.float32)
+    assert torch.equal(found, other)
+    assert holds_tf32(found)
+    assert not holds_tf32(w)
+    close(found, w.half().double(), torch.float16, size=0.5)  # but for ties, which go to even there
+    beside = torch.tensor(
+        [1.0, -1.0, math.inf, -math.inf, math.nan, 0.0, 1.0 + 2.0**-12, 1.0 + 2.0**-11], device=DEVICE
+    )
+    right = torch.tensor([1.0, -1.0, math.inf, -math.inf, math.nan, 0.0, 1.0, 1.0 + 2.0**-10], device=DEVICE)
+    with products.products(torch.float16, w, True):
+        assert torch.equal(products.as_operand(beside, torch.float32).nan_to_num(7.0), right.nan_to_num(7.0))
+    assert products.as_operand(w, torch.float32) is w
+    assert triton_ops.prepare_rows(w, None, 0, 40, False, unwritten(40, 32), None).rows.data_ptr() == w.data_ptr()
+
+
+@in_the_kernel
+@pytest.mark.skipif(MACHINE == "interpreter", reason="it has no TF32")
+def test_a_walk_multiplies_all_its_chunks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, and with them the places of partial results, follow the precision: it may not change between chunks."""
+    call, before = triton_ops.call, torch.backends.cuda.matmul.fp32_precision
+    expected = loss_and_gradients(20, 24, 150, tm.ArcFace())
+
+    def changing(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        call(kernel, programs, *args, **options)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+    monkeypatch.setattr(triton_ops, "call", changing)
+    found = []
+    try:
+        x, w = random(20, 24, seed=1), random(150, 24, seed=2)
+        with tm.use_backend("triton"):
+            target = torch.arange(20, device=DEVICE) * 5 % 150
+            found.append(tm.margin_cross_entropy(x, w, target, tm.ArcFace(), chunk_bytes=1))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("asks", ["rest", "hinge", "hardest"])
@@ -613,8 +709,8 @@ def test_ttsem_stops_at(
 @in_the_kernel
 def test_memory_that_nobody_wrote_is_not_a_number(ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(tmp_path, monkeypatch, (
-        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)",
-        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask & (column > 0)[None, :])",
+        "share.dtype.element_ty, PRECISION), mask=mask)",
+        "share.dtype.element_ty, PRECISION), mask=mask & (column > 0)[None, :])",
     ))  # fmt: skip
     _, dx, dw = loss_and_gradients(5, 16, 70, tm.CosFace(s=8.0))
     assert dx.isnan().any()

@@ -320,7 +320,13 @@ def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         state = json.loads((tmp_path / "gate.json").read_text())
         assert set(state["steps"]) == set(gate.STEPS)
         assert all(step["status"] == "done" for step in state["steps"].values())
-        assert all(line["within_budget"] for line in state["steps"]["errors"]["result"])
+        errors = state["steps"]["errors"]["result"]
+        assert all(line["within_budget"] for line in errors)
+        assert {line["size"].split(", ")[1] for line in errors} == {"float32", "bfloat16", "float16"}
+        by_kernels = [line for line in state["steps"]["speed"]["result"] if line["provider"] in gate.PLAYED]
+        assert len(by_kernels) == len(gate.PLAYED) + 1  # ours has a softmax's row too
+        assert all(line["milliseconds"] > 0.0 for line in by_kernels)
+        assert [line["microseconds"] > 0.0 for line in state["steps"]["search"]["result"]] == [True, True]
         figures = {line["figure"].partition(", ")[0] for line in state["steps"]["verdict"]["result"]}
         assert figures >= {"tritonmargin", "floor: three products at the sustained rate", "full logits"}
         assert len(list(tmp_path.iterdir())) <= 8
@@ -397,6 +403,7 @@ def test_a_gate_out_of_time_goes_on_with_the_rows_that_are_missing(
         return [{"figure": "any"}]
 
     monkeypatch.setattr(gate, "one", one)
+    monkeypatch.setattr(gate.Gate, "tensors", lambda self, p: None)
     some_steps(monkeypatch, speed=gate.speed, verdict=verdict)
     first = dry(tmp_path)
     assert not first.run()

@@ -62,9 +62,10 @@ def margin_cross_entropy(
         "max-hinge"  relu(max_{j != y} z_ij - t_i)
         "hinge"      sum_{j != y} relu(z_ij - t_i), the multi-class SVM
 
-    Products are computed in the dtype of autocast if it is on, else in the common dtype of embeddings and weight
-    (float16 in float32: exp(64) does not fit); sums and the loss in float32, or float64 if an input is float64. The
-    loss can be differentiated once.
+    Products are computed in the dtype of autocast if it is on, else in the common dtype of embeddings and weight; sums
+    and the loss in float32, or float64 if an input is float64. float16 products are computed in float32, as exp(64)
+    does not fit: on GPUs with TF32 as such, which has float16's 11 significant bits, whatever torch's setting for
+    float32. The loss can be differentiated once.
 
     Args:
         embeddings: [N, D] floating.
@@ -222,7 +223,7 @@ def loss_of(
             want_rest=want_rest,
             want_hardest=others == "hardest" or return_stats,
             sparse=sparse_grad,
-            dtype=torch.float32 if compute == torch.float16 else compute,
+            dtype=compute,
             chunk_bytes=chunk_bytes or 0,
             retain_bytes=retain_bytes if needs_grad and others != "hardest" else 0,
             backend=backend,

@@ -33,9 +33,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonmargin.kernels import falling_back, load_backend
+from tritonmargin.kernels.products import as_operand, operands, products
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
 from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.walk import Walk, chunk_of, retained_classes
@@ -78,7 +80,8 @@ def stream_op(
     retain_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), products(dtype, x, load_backend(backend).FUSED):
+        dtype = operands(dtype)
         walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend, exact=class_weight is not None)
         target, class_ids = target.contiguous(), walk.class_ids
         run = Running(threshold=None if threshold is None else threshold.contiguous())
@@ -146,7 +149,7 @@ def _(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n, d = x.shape
     classes = weight.shape[0] if class_ids is None else class_ids.shape[0]
-    ops = load_backend(backend)
+    ops, dtype = load_backend(backend), operands(dtype)
     chunk = chunk_of(ops, x, dtype, classes, chunk_bytes)
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(
@@ -197,7 +200,8 @@ def walk_back(
 
     With `update` there is no dL/dW: the rows of W are updated as soon as a chunk's gradient is finished.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), products(dtype, x, load_backend(backend).FUSED):
+        dtype = operands(dtype)
         walk = Walk(x, weight, class_ids, unit, kind == "exp", dtype, chunk_bytes, backend)
         target, class_ids = target.contiguous(), walk.class_ids
         offset = walk.scaled(offset)
@@ -205,7 +209,8 @@ def walk_back(
         shift = None if shift is None else shift.contiguous()
         make = torch.zeros if class_ids is not None and not sparse else torch.empty
         shape = walk.gradient_shape(sparse)
-        grad_x = x.new_zeros((walk.n, walk.d) if need_x else 0)
+        width = walk.x.shape[1]  # of the products: lines as kernels like them, zeros beyond D
+        grad_x = x.new_zeros((walk.n, width) if need_x else 0)
         writes = need_weight and update is None
         grad_weight = make(shape if writes else 0, dtype=weight.dtype, device=weight.device)
         grad_bias = x.new_zeros(weight.shape[0] if need_bias else 0)
@@ -236,12 +241,13 @@ def walk_back(
             shift = finite(shift) if kind == "softmax" else shift
             beside = [share.along for share in shares] + ([] if mean_share is None else [mean_share])
             outer, inner, factor = split_factor(g_walk, shift, beside) if kind == "exp" else (None, g_walk, None)
-            left = (x * inner[:, None]).to(dtype)
+            left = as_operand(x * inner[:, None], dtype)
+            left = F.pad(left, (0, width - walk.d)) if width > walk.d else left
 
         # A has a buffer, and one more in the precision of sums, unless it can be made in the gradient's rows.
         rows_of_walk = class_ids is None or sparse
-        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk and writes
-        product = walk.x.new_empty(walk.chunk if need_weight and not direct else 0, walk.d)
+        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk and writes and width == walk.d
+        product = walk.x.new_empty(walk.chunk if need_weight and not direct else 0, width)
         wide = product if walk.ops.FUSED or dtype == walk.acc else product.to(walk.acc)
         scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)
 
@@ -259,7 +265,7 @@ def walk_back(
                     g_walk if need_bias else None,
                 )  # fmt: skip
                 if need_x:
-                    add_product(grad_x, share.t(), rows[:, : walk.d])
+                    add_product(grad_x, share.t(), rows)
                 if by_class is not None:
                     grad_bias[slice(start, stop) if class_ids is None else class_ids[start:stop]] = by_class
             if not need_weight:
@@ -280,6 +286,7 @@ def walk_back(
             )  # fmt: skip
 
         if need_x:
+            grad_x = grad_x[:, : walk.d].contiguous()
             if outer is not None:
                 grad_x *= outer[:, None]
             if g_walk is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonmargin.kernels import load_backend
+from tritonmargin.kernels.products import as_operand
 from tritonmargin.kernels.torch_ops import Rows, inverse_norm
 
 
@@ -77,7 +78,7 @@ class Walk:
         self.n, self.d = x.shape
         self.classes = len(weight) if class_ids is None else len(class_ids)
         self.chunk = chunk_of(self.ops, x, dtype, self.classes, chunk_bytes)
-        self.x = (x * math.log2(math.e) if bounded else x).to(dtype)
+        self.x = as_operand(x * math.log2(math.e) if bounded else x, dtype)
         if self.ops.FUSED:
             # Lines as kernels like them, zeros beyond D.
             beyond = self.ops.line(self.d) - self.d

@@ -34,6 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmargin.kernels import KernelError
+from tritonmargin.kernels.products import halves, precision
 from tritonmargin.kernels.tiles import Tiles, by_library, default_chunk, device_of, pick_tiles, row_block
 from tritonmargin.kernels.torch_ops import Rows, Running, Shares
 from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed, store_rounded
@@ -111,7 +112,7 @@ def call(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 @triton.jit(do_not_specialize=["k"])
 def prepare_kernel(
     weight, ids, rows, exact, inverse, k, stride_row, stride_column, stride_rows,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """rows[r] = w / |w|, w = weight[ids[r]], or w as it is; the norm in float32."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -124,9 +125,17 @@ def prepare_kernel(
         tl.store(inverse + row, scale, mask=inside)
         w *= scale[:, None]
     out = row[:, None] * stride_rows + d[None, :]
-    tl.store(rows + out, w.to(rows.dtype.element_ty), mask=mask)
+    tl.store(rows + out, as_operand(w, rows.dtype.element_ty, PRECISION), mask=mask)
     if exact is not None:
         tl.store(exact + out, w, mask=mask)
+
+
+@triton.jit
+def as_operand(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """The numbers as a product takes them: of float32's bits TF32 cuts the last 13 off, which are rounded before."""
+    if PRECISION == "tf32":
+        value = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -160,7 +169,7 @@ def prepare_rows(
     source = weight[start:stop] if class_ids is None else weight
     ids = None if class_ids is None else class_ids[start:stop]
     fit = buffer.shape[1] == d and can_describe(source) and source.stride(0) % 16 == 0
-    if not unit and ids is None and source.dtype == buffer.dtype and fit:
+    if not unit and ids is None and source.dtype == buffer.dtype and fit and not halves():
         return Rows(source, source, None, source, ids)
     rows = buffer[:k]
     exact = None if wide is None else rows if wide.dtype == rows.dtype else wide[:k]
@@ -169,7 +178,8 @@ def prepare_rows(
     call(
         prepare_kernel, triton.cdiv(k, block_k), source, ids, rows, None if exact is rows else exact, inverse, k,
         *source.stride(), rows.stride(0),
-        D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit, num_warps=warps,
+        D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit,
+        PRECISION=precision(rows.dtype, device_of(rows).target), num_warps=warps,
     )  # fmt: skip
     return Rows(rows, exact, inverse, source, ids)
 
@@ -218,7 +228,8 @@ def tile_kernel(
                 z = tl.where(own[:, None] == column[None, :], -float("inf"), z)
             if first_c + BLOCK_C > k:
                 z = tl.where((column < k)[None, :], z, -float("inf"))
-        EPILOGUE(z, sample, column, slot, first_n // BLOCK_N, start, n, k, tile, place, mask, numbers, out, OPTIONS)
+        EPILOGUE(z, sample, column, slot, first_n // BLOCK_N, start, n, k, tile, place, mask, numbers, out, OPTIONS,
+                 PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -251,7 +262,10 @@ def product(
 
 
 @triton.jit
-def reduce_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask, threshold, run, BOUNDED: tl.constexpr):
+def reduce_tile(
+    z, sample, column, slot, slot_n, start, n, k, tile, place, mask, threshold, run, BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """Fold the tile's classes into the numbers that this slot keeps per sample; `tile`: what backward starts from."""
     total, maximum, hardest, hardest_row, hinge, violations = run
     inside = sample < n
@@ -289,17 +303,22 @@ def reduce_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask,
             tl.store(maximum + own, highest, mask=inside)
         tl.store(total + own, found, mask=inside)
     if tile is not None:
+        if BOUNDED:
+            z = as_operand(z, tile.dtype.element_ty, PRECISION)
         tl.store(tile + place, z.to(tile.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def weigh_tile(z, sample, column, slot, slot_n, start, n, k, tile, place, mask, shift, out, SHARE: tl.constexpr):
+def weigh_tile(
+    z, sample, column, slot, slot_n, start, n, k, tile, place, mask, shift, out, SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """P = dL/dz without the factors that only depend on the sample; and its sum with them, for the bias."""
     share, stride_share, factor, by_class = out
     # Beyond the last sample z is the bias alone: exp(z - inf) = 0 whatever it is.
     value = SHARE(z, tl.load(shift + sample, mask=sample < n, other=float("inf"))[:, None])
     place = sample[:, None].to(tl.int64) * stride_share + column[None, :]
-    tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)
+    tl.store(share + place, as_operand(value, share.dtype.element_ty, PRECISION), mask=mask)
     if by_class is not None:
         value *= tl.load(factor + sample, mask=sample < n, other=0.0)[:, None]
         tl.store(by_class + slot_n.to(tl.int64) * k + column, tl.sum(value, axis=0), mask=column < k)
@@ -454,18 +473,6 @@ def can_describe(matrix: Tensor) -> bool:
     """Whether the tensor memory accelerator can load it: lines and addresses are multiples of 16 bytes."""
     line = matrix.stride(0) * matrix.element_size()
     return matrix.stride(1) == 1 and line % 16 == 0 and matrix.data_ptr() % 16 == 0 and line > 0
-
-
-def precision(dtype: torch.dtype, target: str) -> str:
-    """How float32 operands are multiplied: as torch multiplies them, see `torch.set_float32_matmul_precision`.
-
-    "highest" (torch's default) is IEEE float32; "high" and "medium", or `torch.backends.cuda.matmul.fp32_precision` =
-    "tf32", round the operands to TF32 (10 bits of mantissa, about 1e-3), several times faster. bfloat16 and float16 are
-    exact operands either way. Of AMD's targets only gfx942 has TF32.
-    """
-    if dtype != torch.float32 or (target.startswith("gfx") and target != "gfx942"):
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 # -- finish_rows -------------------------------------------------------------------------------------------------
