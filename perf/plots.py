@@ -144,9 +144,11 @@ def fraction_of_limit(found: Findings) -> Figure | None:
         return None
     rows = pd.concat(parts)
     rows = rows[rows["fraction"].notna() & (rows["work"] == "all classes")]
-    rows = rows[rows["C"] == rows["C"][rows["C"] >= 1000].max()] if (rows["C"] >= 1000).any() else rows
     rows = rows[rows["N"] == nearest(rows, 256)]
     rows = rows[rows["D"] == rows["D"].max()]
+    # Where most was measured: at the largest sizes most codes are past the budget.
+    counts = rows.groupby("C").size()
+    rows = rows[rows["C"] == counts.index[counts == counts.max()].max()]
     dtypes = list(dict.fromkeys(rows["dtype"]))
     heights = [max(rows[rows["dtype"] == dtype].groupby("mode").size().sum(), 1) for dtype in dtypes]
     figure, axes = plt.subplots(len(dtypes), 1, figsize=(9, 0.8 + 0.27 * sum(heights)), layout="constrained",

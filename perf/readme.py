@@ -126,9 +126,10 @@ def complete(results: Results) -> str:
     whole = sum(all(key(case) in known for case in cases) for cases in blocks.values())
     cases = [case for block in blocks.values() for case in block]
     held = sum(key(case) in known for case in cases)
+    rest = "" if whole == len(blocks) else "; `python -m perf run --full` goes on with the rest"
     return (
         f"The committed table has an answer (a time, or why there is none) for {held:,} of the {len(cases):,} cases of "
-        f"`--full`, and {whole} of its {len(blocks)} sizes whole; `python -m perf run --full` goes on with the rest."
+        f"`--full`, and {whole} of its {len(blocks)} sizes whole{rest}."
     )
 
 

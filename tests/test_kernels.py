@@ -709,8 +709,8 @@ def test_ttsem_stops_at(
 @in_the_kernel
 def test_memory_that_nobody_wrote_is_not_a_number(ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(tmp_path, monkeypatch, (
-        "share.dtype.element_ty, PRECISION), mask=mask)",
-        "share.dtype.element_ty, PRECISION), mask=mask & (column > 0)[None, :])",
+        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)",
+        "tl.store(share + place, value.to(share.dtype.element_ty), mask=mask & (column > 0)[None, :])",
     ))  # fmt: skip
     _, dx, dw = loss_and_gradients(5, 16, 70, tm.CosFace(s=8.0))
     assert dx.isnan().any()

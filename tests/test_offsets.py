@@ -129,7 +129,8 @@ def products_of_a_chunk(ops: ModuleType) -> None:
     ops.call(
         ops.tile_kernel, 1, lines(z), None, None, own, torch.zeros(N, device=DEVICE), None, (tile, D, None, None),
         N, D, 0, LINE, D, 1, EPILOGUE=ops.weigh_tile, OPTIONS=ops.SHARES["hinge"], READY=False, DESCRIPTORS=False,
-        PRECISION="ieee", SPECIALISED=False, D=1, BLOCK_N=16, BLOCK_C=16, BLOCK_D=16, num_warps=4, num_stages=1,
+        PRECISION="ieee", ROUND=False, SPECIALISED=False, D=1, BLOCK_N=16, BLOCK_C=16, BLOCK_D=16,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     assert tile.equal((z > 0).to(torch.int8))
 

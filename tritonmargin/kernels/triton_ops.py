@@ -112,7 +112,7 @@ def call(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
 @triton.jit(do_not_specialize=["k"])
 def prepare_kernel(
     weight, ids, rows, exact, inverse, k, stride_row, stride_column, stride_rows,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """rows[r] = w / |w|, w = weight[ids[r]], or w as it is; the norm in float32."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -125,17 +125,17 @@ def prepare_kernel(
         tl.store(inverse + row, scale, mask=inside)
         w *= scale[:, None]
     out = row[:, None] * stride_rows + d[None, :]
-    tl.store(rows + out, as_operand(w, rows.dtype.element_ty, PRECISION), mask=mask)
     if exact is not None:
         tl.store(exact + out, w, mask=mask)
+    if ROUND:
+        w = to_tf32(w)
+    tl.store(rows + out, w.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def as_operand(value, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """The numbers as a product takes them: of float32's bits TF32 cuts the last 13 off, which are rounded before."""
-    if PRECISION == "tf32":
-        value = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return value.to(dtype)
+def to_tf32(value):
+    """The numbers as a product takes them: matrix units cut float32's last 13 bits off, here they are rounded."""
+    return ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def prepare_rows(
         prepare_kernel, triton.cdiv(k, block_k), source, ids, rows, None if exact is rows else exact, inverse, k,
         *source.stride(), rows.stride(0),
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit,
-        PRECISION=precision(rows.dtype, device_of(rows).target), num_warps=warps,
+        ROUND=precision(rows.dtype, device_of(rows).target) == "tf32", num_warps=warps,
     )  # fmt: skip
     return Rows(rows, exact, inverse, source, ids)
 
@@ -191,7 +191,7 @@ def prepare_rows(
 def tile_kernel(
     x, rows, bias, target, numbers, tile, out, n, k, start, stride_x, stride_rows, stride_tile,
     EPILOGUE: tl.constexpr, OPTIONS: tl.constexpr, READY: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr, SPECIALISED: tl.constexpr,
+    PRECISION: tl.constexpr, ROUND: tl.constexpr, SPECIALISED: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z = x w'^T + b, -inf at the targets, one tile after the other; what becomes of it is the epilogue's.
@@ -229,7 +229,7 @@ def tile_kernel(
             if first_c + BLOCK_C > k:
                 z = tl.where((column < k)[None, :], z, -float("inf"))
         EPILOGUE(z, sample, column, slot, first_n // BLOCK_N, start, n, k, tile, place, mask, numbers, out, OPTIONS,
-                 PRECISION)  # fmt: skip
+                 ROUND)  # fmt: skip
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def product(
 @triton.jit
 def reduce_tile(
     z, sample, column, slot, slot_n, start, n, k, tile, place, mask, threshold, run, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """Fold the tile's classes into the numbers that this slot keeps per sample; `tile`: what backward starts from."""
     total, maximum, hardest, hardest_row, hinge, violations = run
@@ -303,22 +303,24 @@ def reduce_tile(
             tl.store(maximum + own, highest, mask=inside)
         tl.store(total + own, found, mask=inside)
     if tile is not None:
-        if BOUNDED:
-            z = as_operand(z, tile.dtype.element_ty, PRECISION)
+        if BOUNDED and ROUND:
+            z = to_tf32(z)
         tl.store(tile + place, z.to(tile.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def weigh_tile(
     z, sample, column, slot, slot_n, start, n, k, tile, place, mask, shift, out, SHARE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """P = dL/dz without the factors that only depend on the sample; and its sum with them, for the bias."""
     share, stride_share, factor, by_class = out
     # Beyond the last sample z is the bias alone: exp(z - inf) = 0 whatever it is.
     value = SHARE(z, tl.load(shift + sample, mask=sample < n, other=float("inf"))[:, None])
     place = sample[:, None].to(tl.int64) * stride_share + column[None, :]
-    tl.store(share + place, as_operand(value, share.dtype.element_ty, PRECISION), mask=mask)
+    if ROUND:
+        value = to_tf32(value)  # in place, for the sum too: a second copy would not fit the registers
+    tl.store(share + place, value.to(share.dtype.element_ty), mask=mask)
     if by_class is not None:
         value *= tl.load(factor + sample, mask=sample < n, other=0.0)[:, None]
         tl.store(by_class + slot_n.to(tl.int64) * k + column, tl.sum(value, axis=0), mask=column < k)
@@ -425,6 +427,7 @@ def launch(
         n, k, start, stride, rows.stride(0), 1 if tile is None else tile.stride(1),
         EPILOGUE=epilogue, OPTIONS=options, READY=ready, DESCRIPTORS=described,
         PRECISION=how,
+        ROUND=how == "tf32" and options is not SHARES["hinge"],  # whose slopes are 0 and 1
         SPECIALISED=tiles.specialised and described and TRITON >= (3, 7),  # 3.6 fails to partition the loop
         D=d, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c, BLOCK_D=tiles.block_d,
         num_warps=tiles.warps, num_stages=tiles.stages,
