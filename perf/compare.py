@@ -34,6 +34,12 @@ def compare(a: Results, b: Results, threshold: float) -> pd.DataFrame:
     return both[[*KEY, "median_s_a", "median_s_b", "x_gemm_a", "x_gemm_b", "ratio", "band", "verdict"]]
 
 
+def absent(a: Results, b: Results) -> int:
+    """How many cases A measured that B says nothing of: another grid, or a run that was stopped."""
+    keys = [pd.MultiIndex.from_frame(rows[KEY]) for rows in (a.rows[a.rows["samples"] > 0], b.rows)]
+    return len(keys[0].difference(keys[1]))
+
+
 def verdict(row: dict[str, object], threshold: float) -> str:
     number = {name: value for name, value in row.items() if isinstance(value, (int, float))}
     if not row["samples_b"]:
