@@ -227,7 +227,7 @@ def compare_command(
         shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
         boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
     if lost := compares.absent(*sides):
-        console.print(f"[yellow]{lost} cases that {before} measured are not in {after}", highlight=False)
+        console.print(f"[yellow]of what {before} measured {lost} cases are not in {after}", highlight=False)
     bad = compares.regressions(found, threshold)
     console.print(
         f"{len(found)} cases compared, {len(said)} changed. {compares.words(found, threshold)}", highlight=False

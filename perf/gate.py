@@ -3,9 +3,9 @@
 Steps in order, each with what it found written at once; no step begins after the time is up. One that has not come to
 its end is partial: the next run does it again, and measures the rows that are missing. A step that fails is a result
 too. Steps that work on the GPU have a process each: a kernel that breaks it stops no other step. `--dry-run` runs every
-step on this machine without a GPU, at tiny sizes, with kernels that ttsem executes, and searches among two tiles: but
-for CUDA graphs, and for what draws on the GPU or is compiled by torch, which it does on the CPU. Its numbers say
-nothing, it shows that the gate works.
+step on this machine without a GPU, at tiny sizes: our kernels executed by ttsem, peers on the CPU, a search among two
+tiles. What ttsem does not play fails there, in a row that says so: CUDA graphs, drawing a sample, torch.compile. Its
+numbers say nothing, it shows that the gate works.
 
     environment  versions, the GPU, clocks
     tests        tests/test_kernels.py on this GPU, in at most 30 % of the time

@@ -470,6 +470,11 @@ def test_float16_is_multiplied_as_tf32_whatever_torchs_setting(
         def run(*args: Any, **options: Any) -> Tensor:
             seen.append(torch.backends.cuda.matmul.fp32_precision)
             assert all(holds_tf32(each) for each in args[-2:])
+            # Lines of all operands and results, also where D is no multiple of 16.
+            lines = [max(each.stride()) for each in args[-3:] if isinstance(each, Tensor)]
+            lines += [max(each.stride()) for each in options.values()]
+            assert len(lines) == 3
+            assert all(line % 16 == 0 for line in lines)
             return real(*args, **options)
 
         return run

@@ -368,7 +368,7 @@ def weigh_chunk(
     `ready` is the tile that `reduce_chunk` left, if it was retained; it is not written to. `scratch`: as there.
 
     Returns the share in the compute dtype, for the GEMMs, and with `factor` [N] the sum over samples of factor times
-    the share, [K], before it is rounded.
+    the share, [K], before it is rounded to 16 bits (after it is to TF32).
     """
     assert kind != "exp" or factor is None  # logits with a bias have no bound
     if kind == "exp" and ready is not None:
