@@ -14,12 +14,13 @@ numbers say nothing, it shows that the gate works.
     profile      a step's kernels by the GPU's clock, and how long the CPU takes to launch them
     chunks       the step by the size of its chunks, launched one by one and in a CUDA graph
     speed        the head's step beside the others, time and peak memory
+    table        the sizes of `python -m perf run --full`, by provider and mode, each provider checked first
     search       tiles by the clock
     verdict      measured over predicted, for every figure that `python -m perf audit` predicts
     other_tests  the losses' own tests on this GPU, in the time that is left
 
-It leaves gate.json (everything), errors.csv, speed.csv, search.csv, verdict.csv, tests.txt, other_tests.txt and
-gate.html.
+It leaves gate.json (everything), errors.csv, speed.csv, table.csv, search.csv, verdict.csv, tests.txt,
+other_tests.txt and gate.html.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ import torch
 import torch.nn.functional as F
 
 import tritonmargin as tm
-from perf import kernels, machine, static, tune
+from perf import correct, kernels, machine, static, tune
 from perf.clock import seconds, synchronise
 from perf.gpus import Gpu, card
 from perf.problem import Problem, Tensors
@@ -61,9 +62,9 @@ from perf.rows import UP, measured
 from tritonmargin.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ("errors", "speed", "search", "verdict")
+TABLES = ("errors", "speed", "table", "search", "verdict")
 PLAYED = ("ours", "ours-retain", "ours-in-backward")  # by the kernels, in a dry run too
-APART = ("errors", "rate", "speed", "profile", "chunks", "search")
+APART = ("errors", "rate", "speed", "profile", "chunks", "table", "search")
 TESTS_SHARE = 0.3  # of the minutes: what is measured should have some left
 GRACE = 60.0  # seconds that a step may take to see that the time is up: a compilation ends by itself
 
@@ -340,20 +341,95 @@ def speed(gate: Gate) -> list[dict[str, Any]]:
     tensors = functools.lru_cache(1)(gate.tensors)
 
     def row(line: dict[str, Any]) -> dict[str, Any]:
-        if not gate.dry:
-            torch.cuda.synchronize()  # raises where the row before broke the GPU's context: no row is blamed for it
-        size = (line["N"], line["D"], line["C"], line["dtype"])
-        name = line["provider"]
-        p = Problem(*size, gate.device_of(name), line["loss"])
-        if name == GRAPH:
-            return in_a_graph(p, tensors(p), gate)
-        if class_of(name) is None:
-            return {"failed": skipped_words(name) or "not found"}
-        provider = make(name)
-        why = provider.supports(p)
-        return {"failed": why} if why else one(provider, p, tensors(p), gate)
+        return row_of(line, tensors, gate)
 
     return measured(asked, gate.result("speed"), row, lambda: gate.left, lambda rows: gate.keep("speed", rows))
+
+
+def row_of(line: dict[str, Any], tensors: Callable[[Problem], Any], gate: Gate) -> dict[str, Any]:
+    """What there is to say of a provider at a size."""
+    if not gate.dry:
+        torch.cuda.synchronize()  # raises where the row before broke the GPU's context: no row is blamed for it
+    size = (line["N"], line["D"], line["C"], line["dtype"])
+    name = line["provider"]
+    p = Problem(*size, gate.device_of(name), line["loss"])
+    if name == GRAPH:
+        return in_a_graph(p, tensors(p), gate)
+    if class_of(name) is None:
+        return {"failed": skipped_words(name) or "not found"}
+    provider = make(name)
+    why = provider.supports(p)
+    return {"failed": why} if why else one(provider, p, tensors(p), gate, line.get("mode"))
+
+
+EVERY = [(n, d, c) for c in (1_000_000, 100_000, 4_000_000, 10_000) for d in (512, 128) for n in (1024, 256, 32)]
+BESIDE = {"arcface": ("ours", GRAPH, "plain", "pml"), "softmax": ("ours", GRAPH, "plain", "cce", "quack", "liger")}
+MODES_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    STEP: BESIDE,
+    WHOLE: {"arcface": ("ours-in-backward", "ours", "plain")},
+    "forward": {"arcface": ("ours", "plain"), "softmax": ("ours", "plain", "cce")},
+}
+LONGEST = 2.0  # seconds of a step: what is predicted to take longer, by fewer classes, is left out
+
+
+def table(gate: Gate) -> list[dict[str, Any]]:
+    """The planned sizes; a provider's error against float64 comes first, and its time counts if that is small."""
+    asked = [
+        {"provider": name, "loss": loss, "mode": mode, "dtype": dtype, "N": n, "D": d, "C": c}
+        for mode, beside in MODES_OF.items()
+        for n, d, c in ([(8, 16, 200)] if gate.dry else EVERY)
+        for dtype in ("bfloat16", "float32")
+        for loss, names in beside.items()
+        for name in names
+    ]
+    if not gate.dry and gate.result("table") is None:
+        compiled_ahead(asked)
+    tensors = functools.lru_cache(1)(gate.tensors)  # W alone may be 8 GB
+    taken: dict[tuple[Any, ...], tuple[int, float]] = {}
+
+    @functools.cache
+    def wrong(name: str, loss: str, dtype: str, d: int) -> str:
+        p = Problem(correct.N, d, correct.CLASSES, dtype, gate.device_of(name), loss)
+        provider = make(name)
+        if name == GRAPH or provider.supports(p):
+            return ""
+        provider.prepare(p, gate.tensors(p))
+        return correct.wrong(correct.errors(provider, p), dtype)
+
+    def row(line: dict[str, Any]) -> dict[str, Any]:
+        of = tuple(line[name] for name in line if name != "C")
+        classes, before = taken.get(of, (1, 0.0))
+        if (predicted := before * line["C"] / classes) > LONGEST:
+            return {"failed": f"left out: {predicted:.1f} s by its time at {classes:,} classes"}
+        found = row_of(line, tensors, gate)
+        if "milliseconds" in found:
+            taken[of] = line["C"], found["milliseconds"] / 1e3
+            try:
+                found["wrong"] = wrong(*(line[name] for name in ("provider", "loss", "dtype", "D")))
+            except Exception as error:
+                found["wrong"] = f"not checked: {type(error).__name__}: {error}"[:300]
+        return found
+
+    return measured(asked, gate.result("table"), row, lambda: gate.left, lambda rows: gate.keep("table", rows))
+
+
+def compiled_ahead(asked: list[dict[str, Any]]) -> None:
+    """Our kernels for every size into Triton's cache, on all cores: one after another they take minutes."""
+    kinds = {(line["N"], line["D"], line["dtype"], line["loss"], line["mode"]): None for line in asked}
+    workers = min(12, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(step_of_ours, kinds)
+
+
+def step_of_ours(n: int, d: int, dtype: str, loss: str, mode: str) -> None:
+    with suppress(Exception):  # what fails will fail again where it is measured, and its row says so
+        p = Problem(n, d, 100_000, dtype, "cuda", loss)
+        for name in {"ours-in-backward", "ours"} if mode == WHOLE else {"ours"}:
+            provider = make(name)
+            provider.prepare(p, p.tensors())
+            provider.reset(mode)
+            provider.run(mode)
+        torch.cuda.synchronize()
 
 
 def in_a_graph(p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
@@ -386,8 +462,8 @@ def replayed(provider: Any, p: Problem, tensors: Any, gate: Gate) -> float:
     return median(captured.replay, gate)
 
 
-def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
-    mode = STEP if STEP in provider.modes else WHOLE
+def one(provider: Any, p: Problem, tensors: Any, gate: Gate, mode: str | None = None) -> dict[str, Any]:
+    mode = mode or (STEP if STEP in provider.modes else WHOLE)
 
     def step() -> None:
         provider.reset(mode)
@@ -396,13 +472,14 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
     try:
         provider.prepare(p, tensors)
         step()
-        peak = None
+        taken, peak = 0.0, None
         if not gate.dry:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-            step()
+            taken, _ = seconds(step, gate.clock)
             peak = (torch.cuda.max_memory_allocated() - held) / 1e6
-        return {"title": provider.title, "mode": mode, "milliseconds": 1e3 * median(step, gate), "peak_MB": peak}
+        taken = taken if taken > 1.0 else median(step, gate)  # of long steps one number is enough
+        return {"title": provider.title, "mode": mode, "milliseconds": 1e3 * taken, "peak_MB": peak}
     except Exception as error:  # out of memory, a peer that does not compile: a row of the table
         if not gate.dry:
             with suppress(RuntimeError):
@@ -413,7 +490,7 @@ def one(provider: Any, p: Problem, tensors: Any, gate: Gate) -> dict[str, Any]:
 def median(call: Callable[[], Any], gate: Gate) -> float:
     """Seconds, after a warm-up; of fewer rounds where a call takes long."""
     call()
-    rounds = 1 if gate.dry else max(3, min(20, int(1.0 / max(seconds(call, gate.clock)[0], 1e-9))))
+    rounds = 1 if gate.dry else max(3, min(15, int(0.3 / max(seconds(call, gate.clock)[0], 1e-9))))
     return statistics.median(seconds(call, gate.clock)[0] for _ in range(rounds))
 
 
@@ -572,7 +649,7 @@ def kernel_figures(gate: Gate, gpu: Gpu) -> list[dict[str, Any]]:
 
 STEPS: dict[str, Callable[[Gate], Any]] = {
     "environment": environment, "tests": tests, "errors": errors, "rate": rate, "profile": profile,
-    "chunks": chunks, "speed": speed, "search": search, "verdict": verdict, "other_tests": other_tests,
+    "chunks": chunks, "speed": speed, "table": table, "search": search, "verdict": verdict, "other_tests": other_tests,
 }  # fmt: skip
 
 
