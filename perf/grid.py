@@ -119,7 +119,6 @@ RANKS = ("ours-sharded", *(f"ours-sharded:ranks={ranks}" for ranks in (1, 3, 4))
 SWEEPS = Grid((100_000,), providers=("ours", *CHUNKS, *KEPT, *RATES, *RANKS), modes=(WHOLE,))
 LINEAR = Grid((10_000, 100_000, 300_000, 1_000_000), (128,), providers=("ours", "plain"), modes=(STEP,))
 SOFTMAX = ("ours", "ours-in-backward", "plain", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
-UNCOMPILED = tuple(name for name in EVERYONE if name != "plain-compiled")  # it compiles for every size
 MANY = (10_000, 100_000, 1_000_000)
 # The rows that promise something, in every mode.
 PROMISED = Grid((131_072,), (512,), (32, 256), BOTH, providers=("ours", "ours-retain", "plain", "pml"), modes=MODES)
@@ -158,12 +157,12 @@ PLANS = {
     "full": Plan(
         (
             PROMISED, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
-            Grid(MANY, (128, 512), (32, 256, 1024), BOTH, providers=UNCOMPILED),
-            Grid((4_000_000,), (128,), (32, 256, 1024), BOTH, providers=UNCOMPILED),
-            Grid((4_000_000,), (512,), (32, 256), ("bfloat16",), providers=UNCOMPILED),  # in float32 it needs 25 GB
+            Grid(MANY, (128, 512), (32, 256, 1024), BOTH),
+            Grid((4_000_000,), (128,), (32, 256, 1024), BOTH),
+            Grid((4_000_000,), (512,), (32, 256), ("bfloat16",)),  # in float32 it needs 25 GB
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, ("softmax",), SOFTMAX),
-            Grid(MANY, (512,), (256,), BOTH, ("arcface", "softmax"), providers=("ours", "plain-compiled")),
+            Grid(MANY, (512,), (256,), BOTH, ("softmax",), ("ours", "plain-compiled")),
         ),
         Budget(5, 15, 1.0, 10.0, patience=12.0),
     ),
