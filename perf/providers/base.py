@@ -33,7 +33,7 @@ class Provider(ABC):
     title: ClassVar[str]  # in tables
     losses: ClassVar[tuple[str, ...]] = ()  # () for what has no loss
     work: ClassVar[str] = "all classes"  # only equal work is compared; "sampled" walks a tenth of the classes
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     modes: ClassVar[tuple[str, ...]] = MODES
     dense_gradient: ClassVar[bool] = True  # whether a step makes C x D numbers of it
     compiles: ClassVar[bool] = False  # whether its first step of a size takes long

@@ -57,6 +57,23 @@ class WithoutKernels(Ours):
             return super().forward()
 
 
+class Compiled(Ours):
+    """The functions under torch.compile: the small operations around the kernels become a few."""
+
+    name, title = "ours-compiled", "tritonmargin, torch.compile"
+    compiles = True
+
+    def prepare(self, problem: Problem, tensors: Tensors) -> None:
+        super().prepare(problem, tensors)
+        torch.compiler.reset()
+        self.compiled = torch.compile(tm.margin_cross_entropy)
+
+    def forward(self) -> Tensor:
+        loss = self.compiled(self.x, self.weight, self.target, self.margin, **self.how)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
 class Head(Provider):
     """The module, with its rows updated in backward."""
 
@@ -145,4 +162,4 @@ def head_of(problem: Problem, weight: Tensor, **options: Any) -> tm.MarginSoftma
     return head
 
 
-PROVIDERS = (Ours, Retaining, WithoutKernels, InBackward, Sampled)
+PROVIDERS = (Ours, Retaining, WithoutKernels, Compiled, InBackward, Sampled)
