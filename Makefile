@@ -30,6 +30,7 @@ test: $(VENV)/test.done
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 	TRITONMARGIN_TESTS=ttsem-100 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/test_op.py
 
 test-all: $(VENV)/test.done
 	$(PYTEST) $(ARGS)
@@ -37,7 +38,7 @@ test-all: $(VENV)/test.done
 		TRITONMARGIN_EVERY=1 TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_offsets.py tests/test_functional.py tests/test_op.py \
 			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py tests/test_optim.py || exit 1; \
 	done
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS) tests/test_op.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -14,19 +14,22 @@ from perf.providers import class_of, split
 from perf.providers.base import STEP, WHOLE
 from perf.rates import typical
 
-SHAPE = 1024, 512, 8192  # N, D, classes of a product that a cache holds
+SHAPE, TILE = (1024, 512, 8192), (64, 4096)  # N, D, classes of a product and a tile of exp that a CPU's cache holds
+ON_GPU = (8192, 4096, 8192), (8192, 8192)  # what keeps a GPU busy for longer than it takes to launch it
 LARGE = 1 << 28  # bytes of a buffer that no cache holds
 
 
 def measure(dtypes: Iterable[str], device: str, hasty: bool = False) -> list[Row]:
-    """GEMM rate, copy bandwidth of main memory, exp rate in the cache; a line each."""
-    n, d, c = (64, 32, 128) if hasty else SHAPE
+    """GEMM rate, copy bandwidth of main memory, exp rate (in a CPU's cache); a line each."""
+    (n, d, c), tile_shape = ON_GPU if device.startswith("cuda") else (SHAPE, TILE)
+    if hasty:
+        n, d, c = 64, 32, 128
     large, budget = (1 << 20, 0.01) if hasty else (LARGE, 1.0)
     lines: list[Row] = []
     for name in dtypes:
         dtype = getattr(torch, name)
         a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((n, d), (d, c)))
-        product, tile = torch.empty(n, c, dtype=dtype, device=device), torch.randn(64, 4096, device=device).to(dtype)
+        product, tile = torch.empty(n, c, dtype=dtype, device=device), torch.randn(tile_shape, device=device).to(dtype)
         to = torch.empty_like(tile)
         flops = 2 * n * d * c / typical(lambda a=a, b=b, product=product: torch.mm(a, b, out=product), device, budget)
         exps = tile.numel() / typical(lambda tile=tile, to=to: torch.exp2(tile, out=to), device, budget)

@@ -152,6 +152,8 @@ def of_a_gpu(gate: dict[str, Any]) -> str:
         f"{facts['gpu']}, torch {facts['torch']}, Triton {facts['triton']}, Python {facts['python']}, {facts['date']}. "
         "Forward and backward (in brackets: with the update of W), median, and memory beyond what the step is given:",
         markdown(gpu_speed(pd.DataFrame(steps["speed"]))),
+        f"Milliseconds of forward and backward at D={D}; in a CUDA graph no launch waits for the CPU:",
+        markdown(gpu_table(pd.DataFrame(steps["table"]))),
         "The step at N=1024, D=512, C=1,000,000 in bfloat16 by the size of its chunks:",
         markdown(gpu_chunks(pd.DataFrame(steps["chunks"]))),
         "Predicted by the model of today and measured:",
@@ -173,6 +175,17 @@ def gpu_speed(rows: pd.DataFrame) -> pd.DataFrame:
             held = f", {megabytes(row.peak_MB)}" if pd.notna(row.peak_MB) else ""
             column = f"{size.dtype}, N={size.N:,}, D={size.D}, C={size.C:,}"
             lines.setdefault(title, {"": title})[column] = taken + held
+    return pd.DataFrame(list(lines.values())).fillna("")
+
+
+def gpu_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per size that was measured at all, a column per loss and provider."""
+    rows = rows[(rows["D"] == D) & (rows["mode"] == STEP) & rows["milliseconds"].notna() & (rows["wrong"] == "")]
+    rows = rows.sort_values(["dtype", "C", "N"], ascending=[True, True, False], kind="stable")
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows.itertuples():
+        line = lines.setdefault((row.dtype, row.C, row.N), {"": f"{row.dtype}, N={row.N:,}, C={row.C:,}"})
+        line[f"{'ArcFace' if row.loss == 'arcface' else 'no margin'}: {row.title}"] = digits(row.milliseconds)
     return pd.DataFrame(list(lines.values())).fillna("")
 
 

@@ -73,6 +73,12 @@ def ttsem(pytestconfig: pytest.Config):
     return state
 
 
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels and ids are looked at on a GPU too: out of bounds there, they end all work of the process."""
+    monkeypatch.setenv("TRITONMARGIN_DEBUG", "1")
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     state = getattr(config, "ttsem_state", None)
     if state is not None and state.launches:

@@ -95,6 +95,7 @@ def test_03_walk_with_no_class_but_the_targets():
         assert stats.correct.all()
 
 
+@pytest.mark.usefixtures("debug")
 def test_03_walk_with_no_class_at_all():
     x, w, _ = problem(3)
     target = torch.full((3,), -100)
@@ -241,6 +242,7 @@ def test_08_ignored_rows_add_exactly_nothing(ignored, objective, compiled):
 
 
 @not_ttsem
+@pytest.mark.usefixtures("debug")
 def test_09_labels_out_of_range_negative_or_of_a_wrong_type():
     x, w, target = problem()
     before = copy.deepcopy((x.detach(), w.detach()))

@@ -287,6 +287,7 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.usefixtures("debug")
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_call_is_refused_before_any_work_and_changes_nothing(name):
     if name == "device" and MACHINE.startswith("ttsem"):

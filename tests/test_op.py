@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import (
     KINDS,
+    MACHINE,
     ONE_CHUNK,
     assert_rows_close,
     every_backend,
@@ -308,7 +309,9 @@ def test_compiled_step_with_sampled_classes_and_autocast(sparse: bool) -> None:
         plain = check_compiled(compiled, network, x[:n].clone(), y[:n].clone(), class_ids=ids)
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1, counts
-    with torch.autocast("cpu", torch.bfloat16):
+    # The interpreter multiplies bfloat16 operands wrongly.
+    half = torch.float16 if MACHINE == "interpreter" else torch.bfloat16
+    with torch.autocast(x.device.type, half):
         low = check_compiled(compiled, network, x[:n].clone(), y[:n].clone(), class_ids=ids)
     assert plain.dtype == low.dtype == torch.float32
     assert plain != low

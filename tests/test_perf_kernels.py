@@ -23,7 +23,7 @@ if MACHINE != "cpu":
 import pandas as pd  # noqa: E402
 
 import tritonmargin as tm  # noqa: E402
-from perf import epilogues, gate, kernels, static, tune  # noqa: E402
+from perf import epilogues, gate, gate_speed, kernels, static, tune  # noqa: E402
 from perf.compiled import Compiled, compiling_for  # noqa: E402
 from perf.gpus import GPUS, H200, card  # noqa: E402
 from tritonmargin.kernels import tiles  # noqa: E402
@@ -402,7 +402,7 @@ def test_a_gate_out_of_time_goes_on_with_the_rows_that_are_missing(
         judged.append(sum(row.get("failed") != gate.UP for row in of.result("speed")))
         return [{"figure": "any"}]
 
-    monkeypatch.setattr(gate, "one", one)
+    monkeypatch.setattr(gate_speed, "one", one)
     monkeypatch.setattr(gate.Gate, "tensors", lambda self, p: None)
     some_steps(monkeypatch, speed=gate.speed, verdict=verdict)
     first = dry(tmp_path)

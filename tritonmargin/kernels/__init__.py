@@ -79,9 +79,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def missing(index: int | None) -> str | None:
     """What this machine lacks for the kernels: Triton, or a GPU that it compiles for."""
+    return looked_for(index)
+
+
+@functools.cache  # behind a function of its own: torch.compile warns of a cache that it meets
+def looked_for(index: int | None) -> str | None:
     try:
         import triton
     except ImportError:

@@ -190,7 +190,7 @@ def finish_rows(
         sample, row = inside_chunk(share.row, start, stop)
         if len(sample):
             along = share.along.index_select(0, sample)
-            gradient.index_add_(0, row, along if undo is None else along * undo)
+            add_rows(gradient, row, along if undo is None else along * undo)
     if mean is not None:
         class_weight, along = mean
         gradient.addr_(class_weight, along if undo is None else along * undo)
@@ -203,7 +203,7 @@ def finish_rows(
         gradient.mul_(factor)
     if norm_shares is not None:
         sample, row = inside_chunk(norm_shares.row, start, stop)
-        gradient.index_add_(0, row, norm_shares.along.index_select(0, sample))
+        add_rows(gradient, row, norm_shares.along.index_select(0, sample))
     if update is not None:
         assert place is not None
         update_rows(update, place, gradient)
@@ -241,6 +241,14 @@ def inside_chunk(row: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Samples whose row lies in this chunk, and its place there."""
     sample = ((row >= start) & (row < stop)).nonzero().squeeze(1)
     return sample, row.index_select(0, sample) - start
+
+
+def add_rows(out: Tensor, row: Tensor, values: Tensor) -> None:
+    """out[row] += values, equal rows in one order on every run: index_add_ is atomic on a GPU, index_put_ on a CPU."""
+    if out.is_cuda:
+        out.index_put_((row,), values, accumulate=True)
+    else:
+        out.index_add_(0, row, values)
 
 
 def inverse_norm(norm: Tensor) -> Tensor:
