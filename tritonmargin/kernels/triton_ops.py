@@ -106,6 +106,11 @@ def call(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         raise KernelError(f"{type(error).__name__}: {str(error).strip()[-500:]}") from error
 
 
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover so much. triton.cdiv takes microseconds of the CPU."""
+    return -(-size // block)
+
+
 # -- prepare_rows ------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +181,7 @@ def prepare_rows(
     inverse = torch.empty(k, dtype=torch.float32, device=weight.device) if unit else None
     block_k, block_d, warps = row_block(d)
     call(
-        prepare_kernel, triton.cdiv(k, block_k), source, ids, rows, None if exact is rows else exact, inverse, k,
+        prepare_kernel, blocks(k, block_k), source, ids, rows, None if exact is rows else exact, inverse, k,
         *source.stride(), rows.stride(0),
         D=d, BLOCK_K=block_k, BLOCK_D=block_d, UNIT=unit,
         ROUND=precision(rows.dtype, device_of(rows).target) == "tf32", num_warps=warps,
@@ -376,7 +381,7 @@ def weigh_chunk(
     n, k = len(x), len(rows)
     by_class = None
     if factor is not None:
-        slots = triton.cdiv(n, tiles_for(x, k).block_n)
+        slots = blocks(n, tiles_for(x, k).block_n)
         by_class = torch.empty(slots, k, dtype=torch.float32, device=x.device)
     out = (tile, tile.stride(1), factor, by_class)
     limited = ready is None and (kind != "hinge" or factor is None or x.dtype == torch.float32)
@@ -409,7 +414,7 @@ def launch(
     """
     (n, d), k, how = x.shape, len(rows), precision(x.dtype, device_of(x).target)
     tiles = tiles_for(x, k)
-    count = triton.cdiv(n, tiles.block_n) * triton.cdiv(k, tiles.block_c)
+    count = blocks(n, tiles.block_n) * blocks(k, tiles.block_c)
     if not count:
         return
     library = by_library(x.dtype, how) and not ready
@@ -448,7 +453,7 @@ def chunk_for(x: Tensor, dtype: torch.dtype, classes: int) -> int:
 
 def slots(x: Tensor, chunk: int) -> int:
     """How many places for partial results a sample needs."""
-    return triton.cdiv(chunk, tiles_for(x, chunk).block_c)
+    return blocks(chunk, tiles_for(x, chunk).block_c)
 
 
 def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
@@ -598,7 +603,7 @@ def finish_rows(
         changes, rule = (update.numbers, state, steps), TRITON_RULES[update.rule]
         seed = 0 if update.seed is None else mixed(update.seed, start) % (1 << 30)
     call(
-        finish_kernel, triton.cdiv(k, block_k), product, prepared.weight, prepared.ids, prepared.inverse, out, place,
+        finish_kernel, blocks(k, block_k), product, prepared.weight, prepared.ids, prepared.inverse, out, place,
         tuple(share.sorted for share in shares), None if norm_shares is None else norm_shares.sorted, mean, factor,
         changes, n, k, start, seed,
         1 if product is None else product.stride(0), *prepared.weight.stride(), out.stride(0),
