@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def loss_of(
         if isinstance(class_ids, Sampler):
             class_ids = class_ids.draw(own, weight.shape[0])
         row = own if class_ids is None else walk_positions(own, class_ids, weight.shape[0], shard, ids is not None)
-        label = torch.where(valid, label, 0)
+        label = label.clamp(min=0)
         walked = weight.shape[0] if class_ids is None else class_ids.shape[0]
         offset, highest_offset = (
             sampling_offset(row, walked, weight.shape[0], x.dtype) if logq_correction else (None, 0.0)
@@ -245,9 +245,12 @@ def loss_of(
         if others == "hinge":
             # d/dt sum_j relu(z_j - t) = -violations. The value is the stream's alone.
             found = hinge - violations * (t - t.detach())
-        class_factor = torch.ones_like(norm) if class_factor is None else class_factor.to(norm.dtype)
-        class_factor = torch.where(valid, class_factor, 0.0)
-        loss = OBJECTIVES[objective].loss(t, found) * class_factor
+        loss = OBJECTIVES[objective].loss(t, found)
+        if class_factor is None:
+            class_factor = valid.to(norm.dtype)
+        else:
+            class_factor = torch.where(valid, class_factor.to(norm.dtype), 0.0)
+            loss = loss * class_factor
         if mean_weight is not None:
             mean, own_share, total = mean_numbers(out, own, bias, class_ids, mean_weight)
             mean, own_share, total = all_sums(shard, mean, own_share, total.expand_as(mean))
@@ -318,10 +321,32 @@ def scaled_rows(x: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:  # [N, D] -
     norm = torch.linalg.vector_norm(x, dim=1)
     if not margin.unit_embeddings:
         return x, norm
-    # Divide by 1 where the norm is 0: 0/0 must appear neither in the value nor in the gradient.
-    small = norm < 4.0 * torch.finfo(x.dtype).tiny
-    unit = torch.where(small[:, None], 0.0, x / torch.where(small, 1.0, norm)[:, None])
-    return margin.s * unit, norm
+    inverse = inverse_norm(norm.detach())
+    if isinstance(margin.s, Tensor):  # it may have a gradient
+        return margin.s * UnitRows.apply(x, inverse, 1.0), norm
+    return UnitRows.apply(x, inverse, margin.s), norm
+
+
+class UnitRows(torch.autograd.Function):
+    """s x/|x| from x and 1/|x|, which has no gradient of its own: both ways in half of autograd's operations.
+
+    With y = s x/|x|, dL/dx = (s g - y (y . g)/s)/|x|. A row with 1/|x| = 0 is 0, and so is its gradient.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, inverse: Tensor, s: float) -> Tensor:
+        return x * inverse[:, None] * s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, inverse, ctx.s = inputs
+        ctx.save_for_backward(output, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(rows, grad) / ctx.s
+        return (grad * ctx.s).addcmul(rows, along[:, None], value=-1.0) * inverse[:, None], None, None
 
 
 def target_numbers(x: Tensor, weight: Tensor, own: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:

@@ -487,9 +487,9 @@ def split_factor(g: Tensor, total: Tensor, beside: list[Tensor]) -> tuple[Tensor
     room, size = math.log2(torch.finfo(g.dtype).max), g.abs()
     power = torch.minimum(room - 30.0 - size.amax().log2(), room - 10.0 - (size.log2() + inverse.log2()).amax())
     for share in beside:
-        power = torch.minimum(power, room - 27.0 - share.abs().amax().log2())
+        power = torch.minimum(power, room - 27.0 - torch.linalg.vector_norm(share, torch.inf).log2())
     power = power.floor().clamp(max=room - 27.0).nan_to_num(nan=0.0, neginf=0.0)
-    scale = torch.ldexp(torch.ones_like(power), power.int())
+    scale = torch.pow(2.0, power)
     return inverse, (g * scale) * inverse, scale.reciprocal()
 
 

@@ -48,6 +48,12 @@ def inside(function: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:
     return value + correction
 
 
+def bounded_slope(target_cosine: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Marks a `target_cosine` that does by itself, in fewer operations, what `inside` would do to it."""
+    target_cosine.bounded_slope = True  # type: ignore[attr-defined]
+    return target_cosine
+
+
 def straight_through(value: Tensor, cos: Tensor) -> Tensor:
     """`value` with d value / d cos = 1."""
     return value.detach() + (cos - cos.detach())
@@ -93,7 +99,8 @@ class Margin(nn.Module):
     def target_logit(self, rows: TargetRows) -> Tensor:  # [N]
         """t_i, the target's logit after the margin: scale * phi(cos)."""
         cos = rows.cos
-        phi = inside(self.target_cosine, cos)
+        by_itself = getattr(self.target_cosine, "bounded_slope", False)
+        phi = self.target_cosine(cos) if by_itself else inside(self.target_cosine, cos)
         return rows.scale * (straight_through(phi, cos) if self.gradient == "straight-through" else phi)
 
     @property
