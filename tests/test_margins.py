@@ -567,6 +567,17 @@ def test_own_margin_needs_a_formula() -> None:
         target_cosine(Nothing(), NORMFACE, [0.5])
 
 
+def test_an_override_of_an_angular_margin_is_kept_inside_too() -> None:
+    class Mine(ArcFace):
+        def target_cosine(self, cos: Tensor) -> Tensor:
+            return super().target_cosine(cos) - 0.1 * torch.acos(cos)
+
+    unit, at = NORMFACE, [1.0, -1.0, 0.5]
+    expected = target_cosine(ArcFace(0.5), unit, at) - 0.1 * torch.acos(torch.tensor(at, dtype=torch.float64))
+    close(target_cosine(Mine(0.5), unit, at), expected.tolist(), atol=1e-15)
+    assert torch.isfinite(slopes(Mine(0.5), unit, at)).all()
+
+
 def test_learnable_margin() -> None:
     """A Parameter in the place of a number gets a gradient: d/dm cos(theta + m) = -sin(theta + m)."""
     margin = ArcFace(0.5, s=10.0)

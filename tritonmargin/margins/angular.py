@@ -146,6 +146,8 @@ class AngularCosine(torch.autograd.Function):
     They are of N numbers, but each costs the CPU the launch of a kernel on a GPU.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -> Tensor:
         return combined(cos.clamp(-1.0, 1.0), m1, m2, beyond_pi)
