@@ -326,6 +326,9 @@ def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         by_kernels = [line for line in state["steps"]["speed"]["result"] if line["provider"] in gate.PLAYED]
         assert len(by_kernels) == len(gate.PLAYED) + 1  # ours has a softmax's row too
         assert all(line["milliseconds"] > 0.0 for line in by_kernels)
+        timed = [line for line in state["steps"]["table"]["result"] if "milliseconds" in line]
+        assert {(line["provider"], line["mode"]) for line in timed} >= {("ours", mode) for mode in gate_speed.MODES_OF}
+        assert all(line["wrong"] == "" for line in timed)
         assert [line["microseconds"] > 0.0 for line in state["steps"]["search"]["result"]] == [True, True]
         figures = {line["figure"].partition(", ")[0] for line in state["steps"]["verdict"]["result"]}
         assert figures >= {"tritonmargin", "floor: three products at the sustained rate", "full logits"}
@@ -390,7 +393,7 @@ def test_a_gate_out_of_time_goes_on_with_the_rows_that_are_missing(
     timed: list[str] = []
     judged: list[int] = []
 
-    def one(provider: Any, p: object, tensors: object, of: gate.Gate) -> dict[str, object]:
+    def one(provider: Any, p: object, tensors: object, of: gate.Gate, mode: object) -> dict[str, object]:
         timed.append(f"{provider.name} {p}")
         if len(timed) == 2:
             of.begin -= 1e9  # the time is up
@@ -423,6 +426,31 @@ def test_a_gate_out_of_time_goes_on_with_the_rows_that_are_missing(
     assert judged == [len(last.result("speed"))]
     assert dry(tmp_path).run()
     assert len(judged) == 1
+
+
+def test_the_table_leaves_out_what_will_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it goes on with what an earlier run measured, and whatever a smaller size took."""
+    asked: list[tuple[str, int]] = []
+
+    def row_of(line: dict[str, Any], tensors: object, of: gate.Gate) -> dict[str, object]:
+        asked.append((line["provider"], line["C"]))
+        of.begin -= 1e9 * (len(asked) == 40)
+        slow = line["provider"] == "liger" and line["C"] == 1_000_000
+        return {"milliseconds": 1500.0 if slow else 1.0}
+
+    monkeypatch.setattr(gate_speed, "row_of", row_of)
+    monkeypatch.setattr(gate_speed, "compiled_ahead", lambda asked: None)
+    some_steps(monkeypatch, table=gate_speed.table)
+    for _ in range(2):
+        held = gate.Gate(tmp_path, dry=False, minutes=10.0, say=lambda line: None)
+        held.run()
+    rows = held.result("table")
+    left_out = {(row["provider"], row["C"]) for row in rows if "left out" in str(row.get("failed"))}
+    assert left_out == {("liger", 4_000_000)}
+    assert {row["C"] for row in rows if row["provider"] == "liger" and "milliseconds" in row} == {
+        10_000, 100_000, 1_000_000,
+    }  # fmt: skip
+    assert len(asked) == sum("milliseconds" in row for row in rows)
 
 
 def test_speed_that_goes_on_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
