@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import tritonmargin as tm
+from perf.machine import commit
 
 BATCHES = 4
 
@@ -87,6 +88,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {memory_of_machine() / 1e9:.1f} GB, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
         "classes": c, "dim": d, "batch": n,
         "weight and momentum, bytes": kept,
         "peak of the process, bytes": peak_bytes(),

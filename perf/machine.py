@@ -65,7 +65,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "tritonmargin", "perf")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "tritonmargin", "perf", "examples")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

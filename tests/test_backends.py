@@ -27,10 +27,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice made, no failure seen, no warning given."""
     monkeypatch.setattr(kernels, "_chosen", None)
     monkeypatch.setattr(kernels, "_failed", False)
-    for cached in (kernels.missing, kernels.warn_once, kernels.load_module):
+    for cached in (kernels.looked_for, kernels.warn_once, kernels.load_module):
         cached.cache_clear()
     yield
-    for cached in (kernels.missing, kernels.warn_once, kernels.load_module):
+    for cached in (kernels.looked_for, kernels.warn_once, kernels.load_module):
         cached.cache_clear()
 
 

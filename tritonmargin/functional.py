@@ -321,32 +321,33 @@ def scaled_rows(x: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:  # [N, D] -
     norm = torch.linalg.vector_norm(x, dim=1)
     if not margin.unit_embeddings:
         return x, norm
-    inverse = inverse_norm(norm.detach())
+    length = norm.detach()
+    length = length.masked_fill(length < 4.0 * torch.finfo(x.dtype).tiny, torch.inf)
     if isinstance(margin.s, Tensor):  # it may have a gradient
-        return margin.s * UnitRows.apply(x, inverse, 1.0), norm
-    return UnitRows.apply(x, inverse, margin.s), norm
+        return margin.s * UnitRows.apply(x, length, 1.0), norm
+    return UnitRows.apply(x, length, margin.s), norm
 
 
 class UnitRows(torch.autograd.Function):
-    """s x/|x| from x and 1/|x|, which has no gradient of its own: both ways in half of autograd's operations.
+    """y = s x/|x| from x and |x|, which has no gradient of its own, in half of autograd's operations.
 
-    With y = s x/|x|, dL/dx = (s g - y (y . g)/s)/|x|. A row with 1/|x| = 0 is 0, and so is its gradient.
+    dL/dx = (s g - y (y . g)/s)/|x|. A zero row is given the length inf: y and dL/dx are 0.
     """
 
     @staticmethod
-    def forward(x: Tensor, inverse: Tensor, s: float) -> Tensor:
-        return x * inverse[:, None] * s
+    def forward(x: Tensor, length: Tensor, s: float) -> Tensor:
+        return x / length[:, None] * s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, inverse, ctx.s = inputs
-        ctx.save_for_backward(output, inverse)
+        _, length, ctx.s = inputs
+        ctx.save_for_backward(output, length)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, inverse = ctx.saved_tensors
+        rows, length = ctx.saved_tensors
         along = torch.linalg.vecdot(rows, grad) / ctx.s
-        return (grad * ctx.s).addcmul(rows, along[:, None], value=-1.0) * inverse[:, None], None, None
+        return (grad * ctx.s).addcmul(rows, along[:, None], value=-1.0) / length[:, None], None, None
 
 
 def target_numbers(x: Tensor, weight: Tensor, own: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:

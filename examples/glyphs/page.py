@@ -12,6 +12,7 @@ import torch
 
 from examples.glyphs.plots import NAMES
 from examples.glyphs.recipes import TRIED
+from perf.machine import commit
 
 TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 
@@ -23,6 +24,7 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
     }
 
 
