@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tritonmargin as tm
+from perf.played import played
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 
@@ -134,9 +135,7 @@ def compare(
 
 def table() -> pd.DataFrame:
     """The comparison in two dtypes; under ttsem, targets of compute capability 9.0."""
-    from ttsem import sanitize
-
-    with sanitize.session(cc=90):
+    with played():
         found = pd.concat([compare(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)], ignore_index=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__, "ttsem": version("ttsem")}
     return found.assign(date=time.strftime("%Y-%m-%d"), **versions)

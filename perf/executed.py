@@ -12,6 +12,7 @@ from perf import kernels
 from perf.compiled import multiplying
 from perf.counted import counting
 from perf.kernels import DTYPES, TILED, Size
+from perf.played import played
 from tritonmargin.kernels import triton_ops
 
 SIZE = 128, 64, 384  # N, D, classes: whole tiles, and several of them
@@ -19,9 +20,7 @@ SIZE = 128, 64, 384  # N, D, classes: whole tiles, and several of them
 
 def table(dtypes: tuple[str, ...] = ("bfloat16", "tf32", "float32")) -> pd.DataFrame:
     """A line per kernel and dtype; under ttsem, as code for compute capability 9.0."""
-    from ttsem import sanitize
-
-    with sanitize.session(cc=90):
+    with played():
         return pd.DataFrame([line for dtype in dtypes for line in executed(dtype)])
 
 

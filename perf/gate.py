@@ -39,8 +39,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from perf.clock import synchronise
 from perf.compiled import DTYPES, multiplying
 from perf.gate_speed import GRAPH, SIZES, alone, median, one, replayed, speed, table
 from perf.gpus import Gpu, card
+from perf.played import played
 from perf.problem import Problem, Tensors
 from perf.providers import make
 from perf.providers.base import STEP
@@ -509,21 +510,6 @@ def judge(out: Path) -> bool:
     gate = Gate(out, dry=False, minutes=1.0)
     gate.step("verdict")
     return bool(gate.state["steps"]["verdict"]["status"] == "done")
-
-
-@contextmanager
-def played() -> Iterator[None]:
-    """ttsem in the GPU's place."""
-    from ttsem import harness, sanitize
-
-    parse, capturing = harness.mlir.parse, torch.cuda.is_current_stream_capturing
-    harness.mlir.parse = functools.lru_cache(maxsize=1000)(parse)  # a launch like an earlier one is parsed once
-    torch.cuda.is_current_stream_capturing = lambda: False  # it has no graphs
-    try:
-        with sanitize.session(cc=90):
-            yield
-    finally:
-        harness.mlir.parse, torch.cuda.is_current_stream_capturing = parse, capturing
 
 
 def run(out: Path, dry: bool, minutes: float, say: Callable[[str], Any] = print) -> bool:

@@ -8,7 +8,6 @@ Triton's interpreter.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 
@@ -37,15 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device("cuda")
     if not MACHINE.startswith("ttsem"):
         return
-    from ttsem import harness, sanitize
+    from ttsem import harness
 
-    # A launch like an earlier one is parsed once.
-    harness.mlir.parse = functools.lru_cache(maxsize=1000)(harness.mlir.parse)
-    session = sanitize.session(cc=int(MACHINE.removeprefix("ttsem-")))
+    from perf.played import played
+
+    session = played(int(MACHINE.removeprefix("ttsem-")))
     config.ttsem_state = session.__enter__()
     config.ttsem_modules = lambda: harness.mlir.parse.cache_info().misses
     config.add_cleanup(lambda: session.__exit__(None, None, None))
-    torch.cuda.is_current_stream_capturing = lambda: False  # the GPU that ttsem plays has no graphs
     # Buffers that the library makes hold nan until somebody writes them.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
