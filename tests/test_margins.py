@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import pickle
@@ -576,6 +577,47 @@ def test_an_override_of_an_angular_margin_is_kept_inside_too() -> None:
     expected = target_cosine(ArcFace(0.5), unit, at) - 0.1 * torch.acos(torch.tensor(at, dtype=torch.float64))
     close(target_cosine(Mine(0.5), unit, at), expected.tolist(), atol=1e-15)
     assert torch.isfinite(slopes(Mine(0.5), unit, at)).all()
+
+
+@pytest.mark.parametrize("margin", [ArcFace(0.5, s=1.0), CombinedMargin(1.1, 0.4, 0.1, s=1.0)], ids=repr)
+def test_what_torch_func_and_forward_mode_ask_of_a_slope_that_is_written_out(margin: Margin) -> None:
+    """The number's gradient under vmap, a derivative forward, an override that looks like what it overrides."""
+    name = "m" if isinstance(margin, ArcFace) else "m2"
+    at = torch.tensor([0.3, -0.9, 0.8], dtype=torch.float64)
+    numbers = torch.tensor([0.2, 0.5], dtype=torch.float64)
+
+    class Sum(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.margin = margin
+
+        def forward(self, c: Tensor) -> Tensor:
+            return self.margin.target_logit(rows(c, NORMFACE)).sum()
+
+    def of_number(number: Tensor) -> Tensor:
+        return torch.func.functional_call(Sum(), {f"margin.{name}": number}, (at,))
+
+    def all_numbers(numbers: Tensor) -> Tensor:
+        return torch.func.vmap(of_number)(numbers).sum()
+
+    one_by_one = torch.func.vmap(torch.func.grad(of_number))(numbers)
+    torch.testing.assert_close(torch.func.grad(all_numbers)(numbers), one_by_one)
+    assert (torch.func.grad(all_numbers)(numbers) < 0.0).all()
+    _, forward = torch.func.jvp(lambda c: margin.target_logit(rows(c, NORMFACE)), (at,), (torch.ones_like(at),))
+    c = at.clone().requires_grad_()
+    (backward,) = torch.autograd.grad(margin.target_logit(rows(c, NORMFACE)).sum(), c)
+    torch.testing.assert_close(forward, backward)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(at, torch.ones_like(at))
+        t = margin.target_logit(rows(dual, NORMFACE))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(t).tangent, forward)
+
+    class Alike(type(margin)):  # type: ignore[misc]
+        @functools.wraps(type(margin).target_cosine)
+        def target_cosine(self, cos: Tensor) -> Tensor:
+            return torch.cos(torch.acos(cos) + 0.5)
+
+    assert torch.isfinite(slopes(Alike(s=1.0), NORMFACE, [1.0, -1.0])).all()
 
 
 def test_learnable_margin() -> None:

@@ -189,6 +189,23 @@ def test_opcheck_of_the_stream(name: str) -> None:
     opcheck(OPS.stream.default, (x, w, row), options)
 
 
+@not_ttsem
+@pytest.mark.parametrize("retain_bytes", [0, 3, 10**6])
+def test_fake_outputs_of_an_empty_batch(retain_bytes: int) -> None:
+    x, w, row, options = op_inputs("retained")
+    opcheck(
+        OPS.stream.default, (x[:0], w, row[:0]), options | {"retain_bytes": retain_bytes}, test_utils="test_faketensor"
+    )
+
+
+@not_ttsem
+def test_vmap_over_a_loss() -> None:
+    x, w, y = made(2, 3, 5), made(CLASSES, 5), torch.arange(3)
+    for margin in (tm.ArcFace(), tm.CosFace(), tm.Softmax()):
+        found = torch.func.vmap(lambda x, margin=margin: tm.margin_cross_entropy(x, w, y, margin))(x)
+        torch.testing.assert_close(found, torch.stack([tm.margin_cross_entropy(each, w, y, margin) for each in x]))
+
+
 def op_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
     given = problem(5, 7, CLASSES, bias=True).to(torch.float32)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()

@@ -334,6 +334,8 @@ class UnitRows(torch.autograd.Function):
     dL/dx = (s g - y (y . g)/s)/|x|. A zero row is given the length inf: y and dL/dx are 0.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, length: Tensor, s: float) -> Tensor:
         return x / length[:, None] * s

@@ -151,7 +151,7 @@ def _(  # type: ignore[no-untyped-def]
     classes = weight.shape[0] if class_ids is None else class_ids.shape[0]
     ops, dtype = load_backend(backend), operands(dtype)
     # Nothing or everything is kept whatever a chunk is. Tracing its model for nothing would tie the graph to N.
-    kept_part = 0 < retain_bytes < n * classes * dtype.itemsize
+    kept_part = 0 < retain_bytes // max(n * dtype.itemsize, 1) < classes
     chunk = chunk_of(ops, x, dtype, classes, chunk_bytes) if kept_part else 1
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, TargetRows, bounded_slope, inside
+from tritonmargin.margins.base import GRADIENT, Margin, TargetRows
 
 BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
 
@@ -92,9 +92,14 @@ class CombinedMargin(Margin):
         if name == "m3" and value < 0:
             raise ValueError(f"m3 must be >= 0, got {value}")
 
-    @bounded_slope
     def target_cosine(self, cos: Tensor) -> Tensor:
-        return angular(cos, self.m1, self.m2, self.beyond_pi) - self.m3
+        return combined(cos, self.m1, self.m2, self.beyond_pi) - self.m3
+
+    def bounded_cosine(self, cos: Tensor) -> Tensor:
+        if not written_out(self, CombinedMargin, cos, self.m1, self.m2):
+            return super().bounded_cosine(cos)
+        found: Tensor = AngularCosine.apply(cos, self.m1, self.m2, self.beyond_pi)
+        return found - self.m3
 
 
 class ArcFace(Margin):
@@ -127,26 +132,35 @@ class ArcFace(Margin):
         if not 0 <= value <= math.pi:
             raise ValueError(f"m is an angle in radians, 0 <= m <= pi, got {value}; degrees are not converted")
 
-    @bounded_slope
     def target_cosine(self, cos: Tensor) -> Tensor:
-        return angular(cos, None, self.m, self.beyond_pi)
+        return combined(cos, None, self.m, self.beyond_pi)
+
+    def bounded_cosine(self, cos: Tensor) -> Tensor:
+        if not written_out(self, ArcFace, cos, self.m):
+            return super().bounded_cosine(cos)
+        found: Tensor = AngularCosine.apply(cos, None, self.m, self.beyond_pi)
+        return found
 
 
-def angular(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -> Tensor:  # [N], [], [] -> [N]
-    """`combined` on [-1, 1], with the slope that `inside` gives it."""
-    if m2.requires_grad or (m1 is not None and m1.requires_grad):
-        return inside(lambda cos: combined(cos, m1, m2, beyond_pi), cos)
-    found: Tensor = AngularCosine.apply(cos, m1, m2, beyond_pi)
-    return found
+def written_out(margin: Margin, kind: type[Margin], cos: Tensor, *numbers: Tensor) -> bool:
+    """Whether `AngularCosine` does: nobody overrode the formula, and all that can be asked for is a backward to cos.
+
+    Not where torch.func or forward mode differentiates. torch.compile makes few kernels of the other way by itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if getattr(margin.target_cosine, "__func__", None) is not kind.target_cosine:
+        return False
+    values = (cos, *numbers)
+    tangents = any(torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in values)
+    return not tangents and not any(number.requires_grad for number in numbers)
 
 
 class AngularCosine(torch.autograd.Function):
-    """cos(m1 theta + m2) and its slope: a third of the operations that autograd and `inside` make of it.
+    """`inside(combined)` with the slope written out: a third of the operations that autograd makes of it.
 
     They are of N numbers, but each costs the CPU the launch of a kernel on a GPU.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -> Tensor:

@@ -48,12 +48,6 @@ def inside(function: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:
     return value + correction
 
 
-def bounded_slope(target_cosine: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Marks a `target_cosine` that does by itself, in fewer operations, what `inside` would do to it."""
-    target_cosine.bounded_slope = True  # type: ignore[attr-defined]
-    return target_cosine
-
-
 def straight_through(value: Tensor, cos: Tensor) -> Tensor:
     """`value` with d value / d cos = 1."""
     return value.detach() + (cos - cos.detach())
@@ -99,9 +93,12 @@ class Margin(nn.Module):
     def target_logit(self, rows: TargetRows) -> Tensor:  # [N]
         """t_i, the target's logit after the margin: scale * phi(cos)."""
         cos = rows.cos
-        by_itself = getattr(self.target_cosine, "bounded_slope", False)
-        phi = self.target_cosine(cos) if by_itself else inside(self.target_cosine, cos)
+        phi = self.bounded_cosine(cos)
         return rows.scale * (straight_through(phi, cos) if self.gradient == "straight-through" else phi)
+
+    def bounded_cosine(self, cos: Tensor) -> Tensor:
+        """`target_cosine` with a slope that stays finite at cos = +-1."""
+        return inside(self.target_cosine, cos)
 
     @property
     def logit_bound(self) -> float:
