@@ -159,7 +159,7 @@ PLANS = {
             PROMISED, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH),
             Grid((4_000_000,), (128,), (32, 256, 1024), BOTH),
-            Grid((4_000_000,), (512,), (32, 256), ("bfloat16",)),  # in float32 it needs 25 GB
+            Grid((4_000_000,), (512,), (32, 256, 1024), ("bfloat16",)),  # in float32 it needs 25 GB
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
             Grid(MANY, (128, 512), (32, 256, 1024), BOTH, ("softmax",), SOFTMAX),
             Grid(MANY, (512,), (256,), BOTH, ("softmax",), ("ours", "plain-compiled")),
