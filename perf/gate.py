@@ -175,21 +175,24 @@ class Gate:
         return {"status": "failed", "error": why} | ({"result": rows} if isinstance(rows, list) else {})
 
     def keep(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """What a step has so far."""
+        """What a step has so far, without the page: it takes longer than a row of hundreds."""
         self.state["steps"][name] = {"status": "partial", "result": rows}
+        self.save_state()
         self.save_rows(name)
 
     def result(self, name: str) -> Any:
         return self.state["steps"].get(name, {}).get("result")
 
     def save(self) -> None:
+        self.save_state()
         for name in TABLES:
             self.save_rows(name)
         (self.out / "gate.html").write_text(page(self.state))
 
-    def save_rows(self, name: str) -> None:
-        """Without the page, which takes longer than a row of hundreds."""
+    def save_state(self) -> None:
         replace(self.out / "gate.json", json.dumps(self.state, indent=1).encode() + b"\n")
+
+    def save_rows(self, name: str) -> None:
         if name in TABLES and self.result(name):
             pd.DataFrame(self.result(name)).to_csv(self.out / f"{name}.csv", index=False)
 

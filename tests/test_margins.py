@@ -612,7 +612,7 @@ def test_what_torch_func_and_forward_mode_ask_of_a_slope_that_is_written_out(mar
         t = margin.target_logit(rows(dual, NORMFACE))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(t).tangent, forward)
 
-    class Alike(type(margin)):  # type: ignore[misc]
+    class Alike(type(margin)):
         @functools.wraps(type(margin).target_cosine)
         def target_cosine(self, cos: Tensor) -> Tensor:
             return torch.cos(torch.acos(cos) + 0.5)

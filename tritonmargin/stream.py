@@ -40,7 +40,7 @@ from tritonmargin.kernels import falling_back, load_backend
 from tritonmargin.kernels.products import as_operand, operands, products
 from tritonmargin.kernels.torch_ops import Running, Shares, inverse_norm
 from tritonmargin.kernels.updates import RowUpdate
-from tritonmargin.walk import Walk, chunk_of, retained_classes
+from tritonmargin.walk import Walk, chunk_of, fitting_classes, retained_classes
 
 
 class Streamed(NamedTuple):
@@ -151,7 +151,7 @@ def _(  # type: ignore[no-untyped-def]
     classes = weight.shape[0] if class_ids is None else class_ids.shape[0]
     ops, dtype = load_backend(backend), operands(dtype)
     # Nothing or everything is kept whatever a chunk is. Tracing its model for nothing would tie the graph to N.
-    kept_part = 0 < retain_bytes // max(n * dtype.itemsize, 1) < classes
+    kept_part = 0 < fitting_classes(n, dtype.itemsize, retain_bytes) < classes
     chunk = chunk_of(ops, x, dtype, classes, chunk_bytes) if kept_part else 1
     kept = retained_classes(n, classes, chunk, dtype.itemsize, retain_bytes)
     return Streamed(

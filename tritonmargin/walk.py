@@ -51,9 +51,13 @@ def cache_bytes() -> int:
         return 8 << 20
 
 
+def fitting_classes(n: int, itemsize: int, retain_bytes: int) -> int:
+    return retain_bytes // max(n * itemsize, 1)
+
+
 def retained_classes(n: int, classes: int, chunk: int, itemsize: int, retain_bytes: int) -> int:
     """How many classes' tiles fit in `retain_bytes`: whole chunks from the first on."""
-    fitting = retain_bytes // max(n * itemsize, 1)
+    fitting = fitting_classes(n, itemsize, retain_bytes)
     return classes if fitting >= classes else fitting // chunk * chunk
 
 
