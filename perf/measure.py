@@ -19,7 +19,7 @@ from perf import correct, limits, shared
 from perf.grid import YARDSTICK, Budget, Case
 from perf.problem import Problem, fill
 from perf.providers import class_of, skipped_words, split, title
-from perf.providers.base import MODES
+from perf.providers.base import MODES, WHOLE
 from perf.terminal import Say
 from perf.worker import Failed, Worker
 
@@ -101,9 +101,7 @@ def measure(
 ) -> Block:
     """A row for every case of one size, measured or with the reason why not; never raises for a case that fails."""
     turn = Turn(problem, budget, threads, history, checks, say)
-    taken, left = 2 * problem.weight_bytes, limits.available_bytes() - limits.RESERVE
-    if problem.device == "cpu" and taken > left:
-        why = f"out of memory: W and its momentum are {taken / 1e9:.3g} GB, and {max(left, 0) / 1e9:.3g} GB are free"
+    if why := no_room(problem, "W"):
         return Block([blank(case, why) for case in cases], [])
     with buffers(problem) as files:
         try:
@@ -113,6 +111,14 @@ def measure(
         finally:
             turn.end()
     return Block([turn.row(case) for case in cases], turn.samples)
+
+
+def no_room(problem: Problem, what: str) -> str:
+    """Why a matrix like W can't be had on this machine, or nothing."""
+    left = limits.available_bytes() - limits.RESERVE
+    if problem.device != "cpu" or problem.weight_bytes <= left:
+        return ""
+    return f"out of memory: {what} is {problem.weight_bytes / 1e9:.3g} GB, and {max(left, 0) / 1e9:.3g} GB are free"
 
 
 class Turn:
@@ -127,6 +133,7 @@ class Turn:
         self.yardstick: Worker | None = None
         self.samples: list[Row] = []
         self.notes: dict[Case | str, str] = {}
+        self.no_state: str | None = None  # not asked yet
         self.found: dict[Case, Row] = {}
         self.errors: dict[str, Row] = {}
 
@@ -186,9 +193,14 @@ class Turn:
         if expected is not None and expected > self.budget.longest:
             self.notes[case] = f"predicted {expected:.0f} s a step, past the budget of {self.budget.longest:g} s"
             return False
+        if case.mode == WHOLE and (why := self.state()):
+            self.notes[case] = why
+            return False
         self.say(f"{self.problem.title}: {case.mode}, first step of {case.provider}")
         patience = max(3 * self.budget.longest, 2.0) + (COMPILING if kind.compiles else 0.0)
         try:
+            if case.mode == WHOLE:
+                worker.ask("hold_state")
             took, loss, grown = worker.ask("first", case.mode, timeout=patience)
         except Failed as failure:
             self.notes[case] = str(failure)
@@ -202,6 +214,12 @@ class Turn:
             self.notes[case] = f"one step, the first: past the budget of {self.budget.longest:g} s"
             return False
         return True
+
+    def state(self) -> str:
+        """Room for the optimiser's state, asked for once, or why there is none."""
+        if self.no_state is None:
+            self.no_state = no_room(self.problem, "the momentum")
+        return self.no_state
 
     def goes_on(self, case: Case, number: int) -> bool:
         if case in self.notes:

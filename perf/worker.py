@@ -92,6 +92,11 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:200]}"
 
 
+def touch(tensor: torch.Tensor) -> None:
+    """So that a shared file's pages are this process's own before they would be counted."""
+    tensor.detach().sum()
+
+
 class Desk:
     """What a worker can be asked."""
 
@@ -117,9 +122,12 @@ class Desk:
 
     def prepare(self, problem: Problem, files: tuple[str, ...]) -> None:
         self.provider = self.fresh(problem, files)
-        for tensor in (self.provider.weight, self.provider.momentum):
-            if tensor is not None:
-                tensor.detach().sum()  # so that the pages are this process's own before they would be counted
+        touch(self.provider.weight)
+
+    def hold_state(self) -> None:
+        """Of the optimiser: only a step that updates needs the memory."""
+        if self.ready.momentum is not None:
+            touch(self.ready.momentum)
 
     def fresh(self, problem: Problem, files: tuple[str, ...]) -> Provider:
         provider = make(self.name)

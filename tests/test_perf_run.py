@@ -50,7 +50,7 @@ class Scripted:
                 raise Failed("out of luck")
             loss = self.loss.get(self.name, 7.0)
             return (took, loss) if command == "step" else (took, loss, 1.0)
-        return {"supports": None, "prepare": None, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
+        return {"supports": None, "prepare": None, "hold_state": None, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
 
     def stop(self) -> None:
         self.alive = False
@@ -136,7 +136,21 @@ def test_a_size_that_does_not_fit_is_a_row_before_anything_is_filled(monkeypatch
     cases = [Case(large, name, STEP) for name in ("ours", "plain")]
     block = measure.measure(large, cases, Budget(1, 1, 0.0, 9.0), 1, measure.History(), measure.Checks(), quiet)
     assert [row["provider"] for row in block.rows] == ["ours", "plain"]
-    assert all("W and its momentum are 4.1e+03 GB" in row["note"] for row in block.rows)
+    assert all("W is 2.05e+03 GB" in row["note"] for row in block.rows)
+
+
+def test_where_the_momentum_has_no_room_the_steps_without_it_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "Worker", Scripted)
+    monkeypatch.setattr(Scripted, "times", {"gemm": [1.0] * 6, "ours": [1.0] * 8})
+    monkeypatch.setattr(Scripted, "order", [])
+    left = iter([4 * SMALL.weight_bytes, SMALL.weight_bytes // 2])
+    monkeypatch.setattr(measure.limits, "available_bytes", lambda: measure.limits.RESERVE + next(left))
+    cases = [Case(SMALL, "ours", mode) for mode in (STEP, WHOLE)]
+    block = measure.measure(SMALL, cases, Budget(3, 3, 0.0, 9.0), 1, measure.History(), measure.Checks(), quiet)
+    step, whole = block.rows
+    assert step["samples"] == 3
+    assert whole["samples"] == 0
+    assert "the momentum is" in whole["note"]
 
 
 # -- results -----------------------------------------------------------------------------------------------------
@@ -210,7 +224,7 @@ def test_every_bound_is_covered_with_enough_samples(name: str) -> None:
 
 def test_the_full_plan_is_the_promised_table() -> None:
     blocks = grid.PLANS["full"].blocks()
-    for c in (10_000, 100_000, 1_000_000):
+    for c in (10_000, 100_000, 1_000_000, 4_000_000):
         for n in (32, 256, 1024):
             for d in (128, 512):
                 for dtype in ("float32", "bfloat16"):
