@@ -15,7 +15,8 @@ import torch
 from perf import correct
 from perf.clock import seconds
 from perf.compiled import DTYPES, multiplying
-from perf.problem import Problem
+from perf.grid import COMMON, PLANS, Case, Grid, Plan
+from perf.problem import LOSSES, Problem
 from perf.providers import class_of, make, skipped_words
 from perf.providers.base import STEP, WHOLE
 from perf.rows import measured
@@ -76,20 +77,46 @@ MODES_OF: dict[str, dict[str, tuple[str, ...]]] = {
     WHOLE: {"arcface": ("ours-in-backward", "ours", "plain")},
     "forward": {"arcface": ("ours", "plain"), "softmax": ("ours", "plain", "cce")},
 }
+ELSEWHERE = ("ours-sharded", "ours-torch")  # a CPU's alone; in the step `speed`
 LONGEST = 2.0  # seconds of a step: what is predicted to take longer, by fewer classes, is left out
 
 
-def table(gate: Gate) -> list[dict[str, Any]]:
-    """The planned sizes; a provider's error against float64 comes first, and its time counts if that is small."""
-    asked = [
-        {"provider": name, "loss": loss, "mode": mode, "dtype": dtype, "N": n, "D": d, "C": c}
+def planned(dry: bool) -> list[dict[str, Any]]:
+    """The rows of the table: what is looked at first, then every other case of `--full`, and what compiles long."""
+    sizes = [(8, 16, 200)] if dry else EVERY
+    first = [
+        Case(Problem(n, d, c, dtype, "cuda", loss), name, mode)
         for mode, beside in MODES_OF.items()
-        for n, d, c in ([(8, 16, 200)] if gate.dry else EVERY)
-        if mode == STEP or gate.dry or (d == 512 and c >= 100_000)
+        for n, d, c in sizes
+        if mode == STEP or dry or (d == 512 and c >= 100_000)
         for dtype in ("bfloat16", "float32")
         for loss, names in beside.items()
         for name in names
     ]
+    small = Plan((Grid((200,), (16,), (8,), ("bfloat16",), LOSSES, modes=(STEP,)),), PLANS["full"].budget)
+    plan = (small if dry else PLANS["full"]).on("cuda")
+    others = [
+        case
+        for cases in plan.blocks().values()
+        for case in cases
+        if case.mode in COMMON and ":" not in case.provider and case.provider not in ELSEWHERE
+        and (case.problem.n, case.problem.d, case.problem.classes) in sizes
+    ]  # fmt: skip
+
+    def late(case: Case) -> tuple[Any, ...]:
+        p, kind = case.problem, class_of(case.provider)
+        compiles = kind is not None and kind.compiles
+        return compiles, list(MODES_OF).index(case.mode), sizes.index((p.n, p.d, p.classes)), p.dtype
+
+    return [
+        {"provider": name, "loss": p.loss, "mode": mode, "dtype": p.dtype, "N": p.n, "D": p.d, "C": p.classes}
+        for p, name, mode in dict.fromkeys([*first, *sorted(others, key=late)])
+    ]
+
+
+def table(gate: Gate) -> list[dict[str, Any]]:
+    """The planned sizes; a provider's error against float64 comes first, and its time counts if that is small."""
+    asked = planned(gate.dry)
     if not gate.dry and gate.result("table") is None:
         compiled_ahead(asked)
     tensors = functools.lru_cache(1)(gate.tensors)  # W alone may be 8 GB

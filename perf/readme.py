@@ -9,6 +9,7 @@ import pandas as pd
 
 from perf import grid, machine
 from perf.findings import find, megabytes, seconds, sentence, step_words
+from perf.gate_speed import BESIDE
 from perf.grid import YARDSTICK
 from perf.providers.base import STEP, WHOLE
 from perf.report import markdown
@@ -180,7 +181,8 @@ def gpu_speed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def gpu_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A line per size that was measured at all, a column per loss and provider."""
+    """A line per size that was measured at all, a column per loss and provider of those that the gate asks first."""
+    rows = rows[[row.provider in BESIDE.get(row.loss, ()) for row in rows.itertuples()]]
     rows = rows[(rows["D"] == D) & (rows["mode"] == STEP) & rows["milliseconds"].notna() & (rows["wrong"] == "")]
     rows = rows.sort_values(["dtype", "C", "N"], ascending=[True, True, False], kind="stable")
     lines: dict[tuple[Any, ...], dict[str, str]] = {}

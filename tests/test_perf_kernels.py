@@ -26,6 +26,7 @@ import tritonmargin as tm  # noqa: E402
 from perf import epilogues, gate, gate_speed, kernels, static, tune  # noqa: E402
 from perf.compiled import Compiled, compiling_for  # noqa: E402
 from perf.gpus import GPUS, H200, card  # noqa: E402
+from perf.providers.base import STEP, WHOLE  # noqa: E402
 from tritonmargin.kernels import tiles  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,6 +337,21 @@ def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         times.append({name: step["seconds"] for name, step in state["steps"].items()})
     assert times[0] == times[1]
     assert "no number of it says anything" in (tmp_path / "gate.html").read_text()
+
+
+def test_the_gates_table_is_the_full_plan_with_what_is_asked_first_in_front() -> None:
+    rows = gate_speed.planned(dry=False)
+    asked = {tuple(row.values()) for row in rows}
+    assert len(asked) == len(rows)
+    every = {(n, d, c) for n in (32, 256, 1024) for d in (128, 512) for c in (10_000, 100_000, 1_000_000, 4_000_000)}
+    for mode in ("forward", STEP, WHOLE):
+        for name, loss in (("insightface", "arcface-straight-through"), ("plain-sampled", "arcface"),
+                           ("plain-compiled", "softmax"), ("torch-lce", "softmax"), ("pml", "arcface")):  # fmt: skip
+            for dtype in ("float32", "bfloat16"):
+                assert every == {key[4:] for key in asked if key[:4] == (name, loss, mode, dtype)}
+    assert [row["provider"] for row in rows[:4]] == ["ours", gate_speed.GRAPH, "plain", "pml"]
+    compiled = [row["provider"] == "plain-compiled" for row in rows]
+    assert compiled == sorted(compiled)
 
 
 def test_the_gate_stops_at_its_time_and_needs_a_gpu(tmp_path: Path) -> None:
