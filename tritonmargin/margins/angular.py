@@ -163,13 +163,11 @@ class AngularCosine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -> Tensor:
-        return combined(cos.clamp(-1.0, 1.0), m1, m2, beyond_pi)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        cos, m1, m2, ctx.beyond_pi = inputs
+    def forward(ctx: Any, cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -> Tensor:
+        # No setup_context: torch.func does not come here, and torch binds the arguments anew for it in every call.
         ctx.save_for_backward(cos, m1, m2)
+        ctx.beyond_pi = beyond_pi
+        return combined(cos.clamp(-1.0, 1.0), m1, m2, beyond_pi)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
