@@ -2,7 +2,7 @@
 
 A rank's kernels are predicted as `python -m perf audit` does it, of N samples of all ranks against the S classes that
 the rank walks. Beside them: bytes of W and the optimiser's state beyond what the kernels' model counts, the optimiser's
-step at the rate of main memory, and the exchanges in rings. Nothing overlaps. Not counted: the drawing of samples, and
+step and the drawing of a sample at the rate of main memory, and the exchanges in rings. Nothing overlaps. Not counted:
 the CPU's work of a step beside its chunks (`static.STEP`), which a backbone hides.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from perf import kernels
 from perf.gpus import Gpu, Node
 from perf.scale import Head
-from perf.traffic import collectives, optimizer_bytes
+from perf.traffic import collectives, drawing_bytes, optimizer_bytes
 
 HOP = 20e-6  # seconds that an exchange takes however small it is, an assumption
 FINISH = {"sgd": kernels.SGD, "momentum": kernels.SGD, "adamw": kernels.ADAMW}
@@ -24,7 +24,7 @@ class Step(NamedTuple):
     """Seconds of one step of a rank, predicted."""
 
     products: float  # the tile kernels and the products: matrix units
-    rows: float  # the row-wise kernels: W, its gradient or update, through main memory
+    rows: float  # the row-wise kernels: W, its gradient or update, through main memory; and the drawing of a sample
     launches: float  # the CPU's, beside the two above
     optimizer: float
     exchanges: float
@@ -64,7 +64,7 @@ def step(head: Head, node: Node) -> Step:
     moved = collectives(head)
     return Step(
         products=tiles,
-        rows=of["prepare_rows"] + finish + wider_bytes(head) / node.gpu.memory,
+        rows=of["prepare_rows"] + finish + (wider_bytes(head) + drawing_bytes(head)) / node.gpu.memory,
         launches=of["launches"],
         optimizer=optimizer_bytes(head) / node.gpu.memory,
         exchanges=sum(each.sent(head.ranks) for each in moved) / node.rate(head.ranks) + HOP * len(moved),

@@ -62,7 +62,7 @@ if it leaves {gb(RESERVED)} GB of the {gb(node.gpu.capacity)} GB.
 "recommended" marks the fastest setting that fits, with the dtypes and the rate of the first that does. All of them:
 `python -m perf plan --classes 29e6 --dim {DIM} --batch {BATCH} --gpus {RANKS} --gpu {GPU}`.
 What it leaves is all that a backbone can have. Bound by the launches: {BATCH * RANKS} samples are few for so many
-chunks, and the kernels' own time is below it. Not counted: the drawing of samples, and the waits for the device in it.
+chunks, and the kernels' own time is below it.
 
 ## Beside what was published
 

@@ -2,8 +2,9 @@
 
 C classes are split over the ranks, c = ceil(C / R) rows of D numbers each; a rank has n samples and all ranks together
 N = R n. A step walks S = c classes, or of a sample max(round(r c), positives), K at a time. What lies in memory between
-steps is the weight and the optimiser's state. A step adds most at one of three times:
+steps is the weight and the optimiser's state. A step adds most at one of four times:
 
+    draw      of a sample
     forward   the end of the walk, when the targets' rows are gathered and the chunk's buffers are still there
     backward  in the walk, with the gradient
     step      in the optimiser's step, which copies some rows of the gradient at a time
@@ -112,7 +113,7 @@ def memory(head: Head, chunk: int) -> Memory:
     return Memory(
         weight=matrix * head.weight_item,
         state=head.states * matrix * head.state_item + steps,
-        phases=(forward(head, chunk), backward(head, chunk), optimizer_step(head)),
+        phases=(drawing(head), forward(head, chunk), backward(head, chunk), optimizer_step(head)),
     )
 
 
@@ -149,6 +150,12 @@ def selected(head: Head, chunk: int) -> tuple[int, int]:
         return 0, 0
     copy = chunk * head.dim * head.weight_item
     return (2 * copy if head.walked > chunk else copy), copy
+
+
+def drawing(head: Head) -> Phase:
+    """A number for every class, another while it is mixed, and the sample (`sampling.by_keys`); on a CPU the sample."""
+    numbers = 16 * head.rows if head.fused else 0
+    return Phase("draw", 0, numbers + 3 * 8 * head.walked if head.sampled else 0, 2 * 4 * head.batch * head.dim)
 
 
 def forward(head: Head, chunk: int) -> Phase:

@@ -6,6 +6,7 @@ from float64 tensors, or from the torch backend's function of the same name.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -571,6 +572,41 @@ def test_nothing_waits_for_the_device(asks: str) -> None:
     assert not names & waits
 
 
+@pytest.mark.parametrize("options", [{}, {"logq_correction": True, "sparse_grad": True}], ids=str)
+def test_a_sampled_step_where_the_sample_has_room_for_every_label(options: dict[str, Any]) -> None:
+    """The targets' classes and others in every step, and the loss of the same classes given by hand. Nothing waits."""
+    if DEVICE == "cpu":
+        pytest.skip("on a CPU the sample is drawn another way")
+    head = tm.MarginSoftmaxLoss(16, 400, tm.ArcFace(), sample_rate=0.1, **options).to(DEVICE)
+    x, target = random(20, 16, seed=1).requires_grad_(), torch.arange(20, device=DEVICE) * 19
+    head(x, target).backward()  # kernels are compiled
+    walked = []
+    for _ in range(2):
+        x.grad = head.weight.grad = None
+        with waits_are_errors():
+            loss = head(x, target)
+            loss.backward()
+        ids = head.weight.grad.to_dense().abs().sum(dim=1).nonzero().squeeze(1)
+        assert len(ids) == 40
+        assert torch.isin(target, ids).all()
+        assert torch.equal(head(x, target, class_ids=ids).detach(), loss.detach())
+        walked.append(ids.tolist())
+    assert walked[0] != walked[1]
+    assert head.sampler.tolist()[1] == 3
+
+
+@contextlib.contextmanager
+def waits_are_errors() -> Iterator[None]:
+    if MACHINE != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_step_captured_in_a_graph() -> None:
     """And a margin's number that is changed in place is the next replay's."""
     if MACHINE != "cuda":
@@ -619,6 +655,26 @@ def test_a_head_as_a_graphed_callable() -> None:
         assert torch.equal(y.grad, expected[0])
         assert torch.equal(replayed.weight.grad, expected[1])
         replayed.weight.grad = None
+
+
+def test_a_sampled_head_in_a_graph_draws_others_in_every_replay() -> None:
+    if MACHINE != "cuda":
+        pytest.skip("graphs need a GPU")
+    head = tm.MarginSoftmaxLoss(64, 500, tm.ArcFace(), sample_rate=0.2).to(DEVICE)
+    x, target = random(40, 64, seed=1).requires_grad_(), torch.arange(40, device=DEVICE) * 7
+    replayed = torch.cuda.make_graphed_callables(head, (x, target))
+    walked = []
+    for _ in range(3):
+        loss = replayed(x, target)
+        loss.backward()
+        ids = replayed.weight.grad.abs().sum(dim=1).nonzero().squeeze(1)
+        assert len(ids) == 100
+        assert torch.isin(target, ids).all()
+        right = tm.margin_cross_entropy(x.detach(), head.weight.detach(), target, head.margin, class_ids=ids)
+        torch.testing.assert_close(loss.detach(), right)
+        walked.append(tuple(ids.tolist()))
+        replayed.weight.grad = None
+    assert len(set(walked)) == 3
 
 
 def test_what_changes_from_step_to_step_compiles_nothing(pytestconfig: pytest.Config) -> None:

@@ -91,7 +91,7 @@ def test_the_committed_check_holds() -> None:
 def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings() -> None:
     head = Head(10_000_000, 512, 128, ranks=8, compute_item=2, fused=True)
     options = [memory(each, 1024) for each in planned.ladder(head)]
-    assert options[0].weight == options[0].state == options[0].phases[1].gradient == 10_000_000 * 512 * 4 // 8
+    assert options[0].weight == options[0].state == options[0].phases[2].gradient == 10_000_000 * 512 * 4 // 8
     assert options[2].peak < options[0].peak
     assert options[3].state == options[2].state // 2
     assert options[4].weight == options[3].weight // 2

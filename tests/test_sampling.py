@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from cases import MORE, assert_same, cost, cpu_only, every_margin, made, oracle,
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 import tritonmargin as tm
 from tritonmargin.margins import MARGINS
-from tritonmargin.sampling import Sampler
+from tritonmargin.sampling import Sampler, by_keys, random_keys
 
 pytestmark = cpu_only
 
@@ -45,6 +47,64 @@ def test_every_set_of_negatives_is_as_likely(classes: int, samples: int) -> None
     chi = sum((count - expected) ** 2 / expected for count in sets.values())
     degrees = len(sets) - 1
     assert chi < degrees + 3.8 * (2 * degrees) ** 0.5 + 10
+
+
+@settings(max_examples=200 * MORE)
+@drawn(data=st.data())
+def test_a_sample_by_keys_is_sorted_unique_exact_and_holds_the_positives(data: st.DataObject) -> None:
+    """As a GPU draws it: the sample has room for every label."""
+    classes = data.draw(st.integers(0, 300))
+    target = torch.tensor(data.draw(st.lists(st.integers(-300, classes + 300), max_size=classes)), dtype=torch.int64)
+    samples = data.draw(st.integers(len(target), classes))
+    state = torch.tensor([data.draw(st.integers(0, (1 << 62) - 1)), data.draw(st.integers(0, 10**6))])
+    found = by_keys(random_keys(state, data.draw(st.integers(0, 10**9)), classes + 1), target, samples)
+    assert len(found) == samples
+    assert found.dtype == torch.int64
+    assert bool((found[1:] > found[:-1]).all())
+    assert torch.isin(target[(target >= 0) & (target < classes)], found).all()
+    assert not len(found) or (found[0] >= 0 and found[-1] < classes)
+
+
+@pytest.mark.parametrize(("classes", "samples"), [(7, 4), (7, 6), (9, 3)])
+@pytest.mark.parametrize("over", ["steps", "seeds", "shards"])
+def test_every_set_of_negatives_is_as_likely_by_keys(classes: int, samples: int, over: str) -> None:
+    """Over the steps of a run, over seeds, and over the shards of a step, whose classes have other numbers."""
+    rounds, target = 6000, torch.tensor([2, 2, -1, 99])
+    sets = {(*sorted((2, *others)),): 0 for others in
+            itertools.combinations([c for c in range(classes) if c != 2], samples - 1)}  # fmt: skip
+    for k in range(rounds):
+        seed, step, first = (k if over == name else 0 for name in ("seeds", "steps", "shards"))
+        keys = random_keys(torch.tensor([seed, step]), first * classes, classes + 1)
+        sets[(*by_keys(keys, target, samples).tolist(),)] += 1
+    expected = rounds / len(sets)
+    chi = sum((count - expected) ** 2 / expected for count in sets.values())
+    degrees = len(sets) - 1
+    assert chi < degrees + 3.8 * (2 * degrees) ** 0.5 + 10
+
+
+def test_keys_are_the_same_numbers_on_every_shard() -> None:
+    """And those of the published generator, by Python's integers."""
+    state = torch.tensor([3, 5])
+    whole = random_keys(state, 0, 100)
+    assert torch.equal(random_keys(state, 40, 60), whole[40:])
+    key = (7 * 0x9E3779B97F4A7C15 + 3 * 0xDA942042E4DD58B5 + 5 * 0xD1342543DE82EF95) % 2**64
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
+    assert int(whole[7]) == (key - 2**64 if key >= 2**63 else key) >> 1
+
+
+def test_drawing_by_keys_reads_nothing_back() -> None:
+    """What would wait for a GPU. The other way does, so that it would be seen."""
+    target = torch.tensor([3, 3, -1, 50])
+
+    def names(draw: Callable[[], object]) -> set[str]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            draw()
+        return {event.name() for event in profiler.profiler.kineto_results.events()}
+
+    waits = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::_unique2", "aten::masked_select"}
+    assert not waits & names(lambda: by_keys(random_keys(torch.tensor([1, 2]), 0, 101), target, 10))
+    assert waits & names(lambda: tm.sample_classes(target, 100, 10))
 
 
 def test_sampling_takes_memory_for_the_sample_alone() -> None:

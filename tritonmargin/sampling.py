@@ -18,8 +18,9 @@ def sample_classes(
 
     Partial FC (An et al., 2021): the positives always, negatives uniformly without replacement, so that a step costs
     `num_samples` classes instead of C. Labels outside [0, num_classes), such as an ignore_index, are left out.
-    The result has max(num_samples, number of distinct positives) classes. Time and memory follow the sample's size,
-    not C. On a GPU it waits for the device: the sizes of sets are data.
+    The result has max(num_samples, number of distinct positives) classes. On a CPU time and memory follow the sample's
+    size, not C. On a GPU it takes some 16 bytes per class for a moment and does not wait for the device, unless the
+    batch has more labels than `num_samples`: then the size of the result is data.
 
     Args:
         target: [N] integer class numbers.
@@ -39,6 +40,9 @@ def sample_classes(
             raise ValueError(f"{name} must be an integer >= {lowest}, got {number!r}")
     if num_samples > num_classes:
         raise ValueError(f"num_samples must be <= num_classes = {num_classes}, got {num_samples}")
+    if fits(target, num_samples):
+        keys = torch.empty(num_classes + 1, dtype=torch.int64, device=target.device)
+        return by_keys(keys.random_(0, 1 << 62, generator=generator), target, num_samples)
     positives = target[(target >= 0) & (target < num_classes)].long().unique()
     missing = num_samples - len(positives)
     if missing <= 0:
@@ -109,6 +113,47 @@ def merged(many: Tensor, few: Tensor) -> Tensor:
     return out.index_copy_(0, place, few)
 
 
+# -- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+def fits(target: Tensor, num_samples: int) -> bool:
+    """Whether to draw by keys: on a GPU, where the sample has room for every label and its size is known."""
+    return target.device.type == "cuda" and len(target) <= num_samples
+
+
+def by_keys(keys: Tensor, target: Tensor, num_samples: int) -> Tensor:
+    """The classes in `target`, and those with the largest random numbers: `num_samples` in all, in order.
+
+    keys: [C + 1] int64, below 2^62, one a class and one for what is no class; overwritten. No size is data.
+    """
+    place = target.long().clamp(min=-1, max=len(keys) - 1)  # no class: the last
+    keys.index_fill_(0, place, torch.iinfo(torch.int64).max)
+    return keys[:-1].topk(num_samples, sorted=False).indices.sort().values
+
+
+# Steele et al., SplitMix (2014), with Stafford's 13th mix: shifts and factors. Odd numbers, negative as int64 has them.
+GOLDEN, MIX = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
+OF_SEED, OF_STEP = -0x256BDFBD1B22A74B, -0x2ECBDABC217D106B
+
+
+def random_keys(state: Tensor, first_class: int, size: int) -> Tensor:
+    """[size] numbers in [-2^62, 2^62), of the seed and the step in `state` and the class: the same on every device.
+
+    A generator would have to be told the seed, and reading it from a GPU waits. These are new in every replay of a
+    CUDA graph, too.
+    """
+    key = torch.arange(first_class, first_class + size, device=state.device)
+    key *= GOLDEN
+    key += state[0] * OF_SEED + state[1] * OF_STEP
+    for shift, factor in MIX:
+        high = key >> shift
+        high &= (1 << 64 - shift) - 1  # the sign was shifted in
+        key ^= high
+        key *= factor
+    key >>= 1
+    return key
+
+
 class Sampler:
     """Draws the classes of one step after the other: the same ones after a restart, others on every shard.
 
@@ -126,9 +171,14 @@ class Sampler:
 
     def draw(self, target: Tensor, num_classes: int) -> Tensor:
         """`sample_classes` for this step; targets outside [0, num_classes) are other shards' or ignored."""
+        count = round(self.rate * num_classes)
+        if fits(target, count):
+            keys = random_keys(self.state.to(target.device), self.first_class, num_classes + 1)
+            self.state[1] += 1
+            return by_keys(keys, target, count)
         seed, step = self.state.tolist()
         self.state[1] += 1
         if not num_classes:  # more ranks than classes
             return torch.empty(0, dtype=torch.int64, device=target.device)
         generator = torch.Generator(target.device).manual_seed(mixed(seed, step, self.first_class))
-        return sample_classes(target, num_classes, round(self.rate * num_classes), generator)
+        return sample_classes(target, num_classes, count, generator)

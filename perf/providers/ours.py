@@ -157,7 +157,7 @@ def head_of(problem: Problem, weight: Tensor, **options: Any) -> tm.MarginSoftma
     head.margin.to_empty(device=problem.device)
     head.weight = nn.Parameter(weight.detach())
     if head.sampler is not None:
-        head.sampler = torch.tensor([head.seed, 0])
+        head.sampler = torch.tensor([head.seed, 0], device=problem.device)
     head.mark_rows()
     return head
 
