@@ -4,8 +4,8 @@ Steps in order, each with what it found written at once; no step begins after th
 its end is partial: the next run does it again, and measures the rows that are missing. A step that fails is a result
 too. Steps that work on the GPU have a process each: a kernel that breaks it stops no other step. `--dry-run` runs every
 step on this machine without a GPU, at tiny sizes: our kernels executed by ttsem, peers on the CPU, a search among two
-tiles. What ttsem does not play fails there, in a row that says so: CUDA graphs, drawing a sample, torch.compile. Its
-numbers say nothing, it shows that the gate works.
+tiles. What ttsem does not play fails there, in a row that says so: CUDA graphs, torch.compile. Its numbers say nothing,
+it shows that the gate works.
 
     environment  versions, the GPU, clocks
     tests        tests/test_kernels.py on this GPU, in at most 30 % of the time
@@ -65,7 +65,7 @@ from tritonmargin.kernels import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ("errors", "speed", "table", "search", "verdict")
-PLAYED = ("ours", "ours-retain", "ours-in-backward")  # by the kernels, in a dry run too
+PLAYED = ("ours", "ours-retain", "ours-in-backward", "ours-sampled")  # by the kernels, in a dry run too
 APART = ("errors", "rate", "speed", "profile", "chunks", "table", "search")
 TESTS_SHARE = 0.3  # of the minutes: what is measured should have some left
 GRACE = 60.0  # seconds that a step may take to see that the time is up: a compilation ends by itself

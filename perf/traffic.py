@@ -7,8 +7,8 @@ from typing import NamedTuple
 from perf.scale import Head, gradient_bytes
 
 SETTINGS = 8  # int64 that a rank tells the others before each step, see parallel.Shard.batch
-# Bytes that drawing a sample on a GPU moves per class (`sampling.by_keys`): a dozen operations that read and write 8-byte
-# numbers, and a selection that looks at them byte by byte.
+# Bytes that drawing a sample on a GPU moves per class (`sampling.by_keys`): a dozen operations that read and write
+# 8-byte numbers, and a selection byte by byte.
 DRAWN = 12 * 16 + 9 * 8
 RULE_PASSES = {"sgd": 3, "momentum": 8, "adamw": 22}  # matrices in float32 that a rule's operations read and write
 
