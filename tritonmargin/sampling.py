@@ -158,7 +158,7 @@ class Sampler:
     """Draws the classes of one step after the other: the same ones after a restart, others on every shard.
 
     Its state is two numbers, the seed and how many steps it has drawn, in `state` [2] int64, so that a checkpoint
-    holds them and any number of ranks can go on from them.
+    holds them and any number of ranks can go on from them. A CPU and a GPU draw different ones.
 
     Args:
         rate: fraction of the classes to walk, 0 <= rate <= 1. The positives are walked whatever it is.
