@@ -81,18 +81,25 @@ ELSEWHERE = ("ours-sharded", "ours-torch")  # a CPU's alone; in the step `speed`
 LONGEST = 2.0  # seconds of a step: what is predicted to take longer, by fewer classes, is left out
 
 
-def planned(dry: bool) -> list[dict[str, Any]]:
-    """The rows of the table: what is looked at first, then every other case of `--full`, and what compiles long."""
-    sizes = [(8, 16, 200)] if dry else EVERY
-    first = [
+def sizes_of(dry: bool) -> list[tuple[int, int, int]]:
+    return [(8, 16, 200)] if dry else EVERY
+
+
+def asked_first(dry: bool) -> list[Case]:
+    return [
         Case(Problem(n, d, c, dtype, "cuda", loss), name, mode)
         for mode, beside in MODES_OF.items()
-        for n, d, c in sizes
+        for n, d, c in sizes_of(dry)
         if mode == STEP or dry or (d == 512 and c >= 100_000)
         for dtype in ("bfloat16", "float32")
         for loss, names in beside.items()
         for name in names
     ]
+
+
+def planned(dry: bool) -> list[dict[str, Any]]:
+    """The rows of the table: what is looked at first, what else `--full` has at its sizes, and what compiles long."""
+    sizes = sizes_of(dry)
     small = Plan((Grid((200,), (16,), (8,), ("bfloat16",), LOSSES, modes=(STEP,)),), PLANS["full"].budget)
     plan = (small if dry else PLANS["full"]).on("cuda")
     others = [
@@ -110,7 +117,7 @@ def planned(dry: bool) -> list[dict[str, Any]]:
 
     return [
         {"provider": name, "loss": p.loss, "mode": mode, "dtype": p.dtype, "N": p.n, "D": p.d, "C": p.classes}
-        for p, name, mode in dict.fromkeys([*first, *sorted(others, key=late)])
+        for p, name, mode in dict.fromkeys([*asked_first(dry), *sorted(others, key=late)])
     ]
 
 
@@ -118,7 +125,7 @@ def table(gate: Gate) -> list[dict[str, Any]]:
     """The planned sizes; a provider's error against float64 comes first, and its time counts if that is small."""
     asked = planned(gate.dry)
     if not gate.dry and gate.result("table") is None:
-        compiled_ahead(asked)
+        compiled_ahead(asked_first(gate.dry))
     tensors = functools.lru_cache(1)(gate.tensors)  # W alone may be 8 GB
     taken: dict[tuple[Any, ...], tuple[int, float]] = {}
 
@@ -157,9 +164,9 @@ def table(gate: Gate) -> list[dict[str, Any]]:
     return measured(asked, gate.result("table"), row, lambda: gate.left, lambda rows: gate.keep("table", rows))
 
 
-def compiled_ahead(asked: list[dict[str, Any]]) -> None:
-    """Our kernels for every size into Triton's cache, on all cores: one after another they take minutes."""
-    kinds = {(line["N"], line["D"], line["dtype"], line["loss"], line["mode"]): None for line in asked}
+def compiled_ahead(asked: list[Case]) -> None:
+    """Our kernels for these sizes into Triton's cache, on all cores: one after another they take minutes."""
+    kinds = {(p.n, p.d, p.dtype, p.loss, mode): None for p, _, mode in asked}
     workers = min(12, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.starmap(step_of_ours, kinds)

@@ -136,7 +136,8 @@ def time_table(made: Plan) -> pd.DataFrame:
     of = each.step
     parts = {
         "matrix products and exp": of.products, "W and its gradient through memory": of.rows,
-        "launches, if the CPU is slower than both": of.launches, "optimiser's step": of.optimizer,
+        "launches, if the CPU is slower than both": of.launches, "drawing of a sample": of.drawing,
+        "optimiser's step": of.optimizer,
         "exchanges between ranks": of.exchanges, "step": of.total,
     }  # fmt: skip
     return pd.DataFrame([{"part": name, "ms, predicted": f"{1e3 * seconds:.3g}"} for name, seconds in parts.items()])

@@ -24,20 +24,22 @@ class Step(NamedTuple):
     """Seconds of one step of a rank, predicted."""
 
     products: float  # the tile kernels and the products: matrix units
-    rows: float  # the row-wise kernels: W, its gradient or update, through main memory; and the drawing of a sample
+    rows: float  # the row-wise kernels: W, its gradient or update, through main memory
+    drawing: float  # of a sample: a number for every class
     launches: float  # the CPU's, beside the two above
     optimizer: float
     exchanges: float
 
     @property
     def total(self) -> float:
-        return max(self.products + self.rows, self.launches) + self.optimizer + self.exchanges
+        return self.drawing + max(self.products + self.rows, self.launches) + self.optimizer + self.exchanges
 
     @property
     def bound(self) -> str:
         """What takes longest."""
         names = {
             "matrix products and exp": self.products, "W and its gradient through memory": self.rows,
+            "the drawing of a sample": self.drawing,
             "the CPU's launches": self.launches if self.launches > self.products + self.rows else 0.0,
             "the optimiser's step through memory": self.optimizer, "exchanges between ranks": self.exchanges,
         }  # fmt: skip
@@ -64,7 +66,8 @@ def step(head: Head, node: Node) -> Step:
     moved = collectives(head)
     return Step(
         products=tiles,
-        rows=of["prepare_rows"] + finish + (wider_bytes(head) + drawing_bytes(head)) / node.gpu.memory,
+        rows=of["prepare_rows"] + finish + wider_bytes(head) / node.gpu.memory,
+        drawing=drawing_bytes(head) / node.gpu.memory,
         launches=of["launches"],
         optimizer=optimizer_bytes(head) / node.gpu.memory,
         exchanges=sum(each.sent(head.ranks) for each in moved) / node.rate(head.ranks) + HOP * len(moved),

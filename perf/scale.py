@@ -152,10 +152,17 @@ def selected(head: Head, chunk: int) -> tuple[int, int]:
     return (2 * copy if head.walked > chunk else copy), copy
 
 
+def by_keys(head: Head) -> bool:
+    """Whether a sample is drawn by a number for every class (`sampling.fits`)."""
+    return head.sampled and head.fused and head.samples <= round(head.rate * head.rows)
+
+
 def drawing(head: Head) -> Phase:
-    """A number for every class, another while it is mixed, and the sample (`sampling.by_keys`); on a CPU the sample."""
-    numbers = 16 * head.rows if head.fused else 0
-    return Phase("draw", 0, numbers + 3 * 8 * head.walked if head.sampled else 0, 2 * 4 * head.batch * head.dim)
+    """A number for every class and, while they are mixed, another; then the sample, its sort and the sort's buffers."""
+    sample = 48 * head.walked if head.sampled else 0
+    numbers = max(16 * head.rows, 8 * head.rows + sample) if by_keys(head) else sample
+    own, everyone = 4 * head.batch * head.dim, 4 * head.samples * head.dim
+    return Phase("draw", 0, numbers, 2 * own + (everyone if head.ranks > 1 else 0))
 
 
 def forward(head: Head, chunk: int) -> Phase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from perf.scale import Head, gradient_bytes
+from perf.scale import Head, by_keys, gradient_bytes
 
 SETTINGS = 8  # int64 that a rank tells the others before each step, see parallel.Shard.batch
 # Bytes that drawing a sample on a GPU moves per class (`sampling.by_keys`): a dozen operations that read and write
@@ -43,7 +43,7 @@ def collectives(head: Head, numbers: int = 2) -> list[Collective]:
 
 
 def drawing_bytes(head: Head) -> int:
-    return DRAWN * head.rows if head.sampled and head.fused else 0
+    return DRAWN * head.rows if by_keys(head) else 0
 
 
 def optimizer_bytes(head: Head) -> int:

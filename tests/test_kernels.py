@@ -677,6 +677,19 @@ def test_a_sampled_head_in_a_graph_draws_others_in_every_replay() -> None:
     assert len(set(walked)) == 3
 
 
+def test_a_compiled_sampled_head_draws_what_it_would_have_drawn() -> None:
+    if MACHINE != "cuda":
+        pytest.skip("Inductor's code for a GPU needs one")
+    head = tm.MarginSoftmaxLoss(64, 500, tm.ArcFace(), sample_rate=0.2).to(DEVICE)
+    other = tm.MarginSoftmaxLoss(64, 500, tm.ArcFace(), sample_rate=0.2).to(DEVICE)
+    other.load_state_dict(head.state_dict())
+    compiled = torch.compile(other)
+    for seed in (3, 4):
+        x, target = random(40, 64, seed=seed), torch.arange(40, device=DEVICE) * seed % 500
+        torch.testing.assert_close(compiled(x, target), head(x, target))
+    assert torch.equal(head.sampler, other.sampler)
+
+
 def test_what_changes_from_step_to_step_compiles_nothing(pytestconfig: pytest.Config) -> None:
     """Scale, margin, number of samples and of classes, sampled rows, learning rate: the same compiled kernels."""
     if MACHINE == "interpreter":

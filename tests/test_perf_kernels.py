@@ -339,7 +339,7 @@ def test_the_gate_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "no number of it says anything" in (tmp_path / "gate.html").read_text()
 
 
-def test_the_gates_table_is_the_full_plan_with_what_is_asked_first_in_front() -> None:
+def test_the_gates_table_has_the_providers_of_the_full_plan_and_what_is_asked_first_in_front() -> None:
     rows = gate_speed.planned(dry=False)
     asked = {tuple(row.values()) for row in rows}
     assert len(asked) == len(rows)

@@ -87,7 +87,7 @@ def test_keys_are_the_same_numbers_on_every_shard() -> None:
     state = torch.tensor([3, 5])
     whole = random_keys(state, 0, 100)
     assert torch.equal(random_keys(state, 40, 60), whole[40:])
-    key = (7 * 0x9E3779B97F4A7C15 + 3 * 0xDA942042E4DD58B5 + 5 * 0xD1342543DE82EF95) % 2**64
+    key = (7 + 3 * 0x45D6C867337A7221 + 5 * 0x719F3E675CD60581) * 0x9E3779B97F4A7C15 % 2**64
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
     assert int(whole[7]) == (key - 2**64 if key >= 2**63 else key) >> 1
@@ -105,6 +105,20 @@ def test_drawing_by_keys_reads_nothing_back() -> None:
     waits = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::_unique2", "aten::masked_select"}
     assert not waits & names(lambda: by_keys(random_keys(torch.tensor([1, 2]), 0, 101), target, 10))
     assert waits & names(lambda: tm.sample_classes(target, 100, 10))
+
+
+def test_drawing_by_keys_takes_16_bytes_a_class() -> None:
+    state, target = torch.tensor([1, 2]), torch.arange(64)
+    used = [cost(lambda c=c: by_keys(random_keys(state, 0, c + 1), target, 1000)).peak for c in (10**5, 3 * 10**5)]
+    assert (used[1] - used[0]) / (2 * 10**5) == pytest.approx(16.0, abs=0.1)
+
+
+def test_drawing_by_keys_in_one_graph() -> None:
+    draw = torch.compile(lambda state, target: by_keys(random_keys(state, 5, 101), target, 10), backend="aot_eager",
+                         fullgraph=True)  # fmt: skip
+    for step in range(3):
+        state, target = torch.tensor([1, step]), torch.tensor([3, 3, -1, 50 + step])
+        assert torch.equal(draw(state, target), by_keys(random_keys(state, 5, 101), target, 10))
 
 
 def test_sampling_takes_memory_for_the_sample_alone() -> None:

@@ -19,8 +19,8 @@ def sample_classes(
     Partial FC (An et al., 2021): the positives always, negatives uniformly without replacement, so that a step costs
     `num_samples` classes instead of C. Labels outside [0, num_classes), such as an ignore_index, are left out.
     The result has max(num_samples, number of distinct positives) classes. On a CPU time and memory follow the sample's
-    size, not C. On a GPU it takes some 16 bytes per class for a moment and does not wait for the device, unless the
-    batch has more labels than `num_samples`: then the size of the result is data.
+    size, not C. On a GPU it takes some 16 bytes per class for a moment, more for samples of a sixth of them and up, and
+    does not wait for the device, unless there are more labels than `num_samples`: then the size of the result is data.
 
     Args:
         target: [N] integer class numbers.
@@ -133,7 +133,7 @@ def by_keys(keys: Tensor, target: Tensor, num_samples: int) -> Tensor:
 
 # Steele et al., SplitMix (2014), with Stafford's 13th mix: shifts and factors. Odd numbers, negative as int64 has them.
 GOLDEN, MIX = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
-OF_SEED, OF_STEP = -0x256BDFBD1B22A74B, -0x2ECBDABC217D106B
+OF_SEED, OF_STEP = 0x45D6C867337A7221, 0x719F3E675CD60581
 
 
 def random_keys(state: Tensor, first_class: int, size: int) -> Tensor:
@@ -143,12 +143,14 @@ def random_keys(state: Tensor, first_class: int, size: int) -> Tensor:
     CUDA graph, too.
     """
     key = torch.arange(first_class, first_class + size, device=state.device)
-    key *= GOLDEN
+    # Added first: a product with an arange is an index to Inductor, and those have 32 bits.
     key += state[0] * OF_SEED + state[1] * OF_STEP
+    key *= GOLDEN
     for shift, factor in MIX:
         high = key >> shift
         high &= (1 << 64 - shift) - 1  # the sign was shifted in
         key ^= high
+        del high  # before there is another
         key *= factor
     key >>= 1
     return key
