@@ -427,6 +427,24 @@ def test_promise_same_result_for_any_chunk_size_and_retained_tiles(
             assert error <= 16.0 * torch.finfo(dtype).eps * max(KINDS[kind].s, 8.0) * size + 1e-30, (key, chunk, retain)
 
 
+@pytest.mark.parametrize("objective", ["softmax", "max-hinge"])
+def test_low_precision_rows_are_rounded_once_wherever_they_are_made(objective: str) -> None:
+    """Raw rows' gradients are made in place, listed classes' in a buffer: the same bits, for many samples a row too."""
+    given = problem(60, 24, 300, seed=1).to(torch.bfloat16)
+    y = given.y % 7 * 30  # 7 rows with some nine samples each, over several chunks
+    given = replace(given, x=given.x.requires_grad_(), w=given.w.requires_grad_(), y=y)
+    found = [
+        torch.autograd.grad(
+            tm.margin_cross_entropy(given.x, given.w, given.y, tm.Softmax(), objective=objective, chunk_bytes=1,
+                                    class_ids=ids),
+            (given.x, given.w),
+        )
+        for ids in (None, torch.arange(300, device=given.w.device))
+    ]  # fmt: skip
+    for direct, buffered in zip(*found, strict=True):
+        assert torch.equal(direct, buffered)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @every_objective
 @every_margin

@@ -246,9 +246,12 @@ def walk_back(
             left = as_operand(x * inner[:, None], dtype)
             left = F.pad(left, (0, width - walk.d)) if width > walk.d else left
 
-        # A has a buffer, and one more in the precision of sums, unless it can be made in the gradient's rows.
+        # A has a buffer, and one more in the precision of sums, unless it can be made in the gradient's rows: in that
+        # precision, or where it is the gradient of all rows but the few that samples point at.
         rows_of_walk = class_ids is None or sparse
-        direct = grad_weight.dtype == dtype == walk.acc and rows_of_walk and writes and width == walk.d
+        final = not walk.ops.FUSED and not unit and mean_share is None and factor is None
+        direct = grad_weight.dtype == dtype and (dtype == walk.acc or final)
+        direct = direct and rows_of_walk and writes and width == walk.d
         product = walk.x.new_empty(walk.chunk if need_weight and not direct else 0, width)
         wide = product if walk.ops.FUSED or dtype == walk.acc else product.to(walk.acc)
         scratch = walk.tile_buffer if kind == "exp" else walk.scratch(separate=False)

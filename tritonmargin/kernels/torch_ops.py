@@ -11,6 +11,7 @@ z log2(e) and exp(z) is its exp2, which is several times faster than exp on CPUs
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def reduce_chunk(
     # Where every logit so far is masked the maximum is -inf, and -inf - -inf would be nan.
     shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
     run.total *= torch.exp(run.maximum - shift)
-    run.total += torch.sub(z, shift, out=scratch).exp_().sum(dim=0)
+    run.total += exp_(torch.sub(z, shift, out=scratch)).sum(dim=0)
     run.maximum.copy_(maximum)
 
 
@@ -153,7 +154,7 @@ def weigh_chunk(
     if kind == "hinge":
         hinge_slope(z, shift, scratch)
     else:
-        torch.sub(z, shift, out=scratch).exp_()
+        exp_(torch.sub(z, shift, out=scratch))
     by_class = None if factor is None else scratch @ factor
     return (scratch if tile.dtype == scratch.dtype else tile.copy_(scratch)), by_class
 
@@ -177,7 +178,8 @@ def finish_rows(
 
     Adds the target rows' shares and the mean's (class weights [K] times one row [D]), then, for unit rows,
     dL/dw = (A - w' (w' . A)) / |w|. `factor` undoes a scale that A carries and the shares do not. `scratch` is [K, D]
-    in the precision of sums; it may be `out`, and so may the product.
+    in the precision of sums; it may be `out`, and so may the product. Where nothing is to be done but to add the
+    shares, all three may be `out` in a lower precision.
     """
     stop = start + len(scratch)
     gradient = scratch
@@ -185,6 +187,9 @@ def finish_rows(
         gradient.zero_()
     elif product is not gradient:
         gradient.copy_(product)
+    if gradient.dtype != accumulate(gradient.dtype):
+        add_to_few(gradient, start, [*shares, *([] if norm_shares is None else [norm_shares])])
+        return
     undo = None if factor is None else factor.reciprocal()
     for share in shares:
         sample, row = inside_chunk(share.row, start, stop)
@@ -249,6 +254,22 @@ def add_rows(out: Tensor, row: Tensor, values: Tensor) -> None:
         out.index_put_((row,), values, accumulate=True)
     else:
         out.index_add_(0, row, values)
+
+
+def add_to_few(out: Tensor, start: int, shares: list[Shares]) -> None:
+    """The shares of the chunk's rows, each row summed in the precision of the shares and rounded once."""
+    inside = [(share, *inside_chunk(share.row, start, start + len(out))) for share in shares]
+    if any(len(row) for _, _, row in inside):
+        rows, place = torch.cat([row for _, _, row in inside]).unique(return_inverse=True)
+        along = torch.cat([share.along.index_select(0, sample) for share, sample, _ in inside])
+        sums = out.index_select(0, rows).to(along.dtype)
+        add_rows(sums, place, along)
+        out.index_copy_(0, rows, sums.to(out.dtype))
+
+
+def exp_(z: Tensor) -> Tensor:
+    """exp(z), z <= 0, in place: two passes, of which a CPU's exp2 is four times as fast as its exp in float32."""
+    return z.mul_(math.log2(math.e)).exp2_()
 
 
 def inverse_norm(norm: Tensor) -> Tensor:
