@@ -41,6 +41,7 @@ def numbers(results: Results) -> str:
         "buffer that exists, in the same dtype and round. Without retained logits a step makes four products, of tiles "
         "that stay in the cache, where that one GEMM writes all N x C to main memory:",
         markdown(speed(rows, results.samples)),
+        compiled(rows),
         "Peak memory beyond W, its gradient and the inputs (D=128, N=256, float32, forward and backward):",
         markdown(memory(rows)),
         "A whole step, SGD with momentum included (N=256, float32), and its peak memory beyond W, the momentum and the "
@@ -76,6 +77,20 @@ def speed(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
         if any(value for name, value in line.items() if name):
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def compiled(rows: pd.DataFrame) -> str:
+    """How full logits under torch.compile stand beside ours."""
+    names = {"arcface": "ArcFace", "softmax": "no margin"}
+    rows = rows[(rows["provider"] == "plain-compiled") & (rows["mode"] == STEP) & (rows["wrong"] == "")]
+    rows = rows[rows["times_ours"].notna() & rows["loss"].isin(names)]
+    said = []
+    for (loss, dtype), each in rows.groupby(["loss", "dtype"])["times_ours"]:
+        middle, least, most = (digits(value) for value in (each.median(), each.min(), each.max()))
+        said.append(f"{names[loss]} in {dtype} {middle} ({least} to {most}, {len(each)} sizes)")
+    return (
+        f"Time of full logits under torch.compile over ours, median over all sizes: {'; '.join(said)}." if said else ""
+    )
 
 
 def heading(dtype: str, n: int) -> str:
