@@ -50,7 +50,8 @@ class Scripted:
                 raise Failed("out of luck")
             loss = self.loss.get(self.name, 7.0)
             return (took, loss) if command == "step" else (took, loss, 1.0)
-        return {"check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}.get(command)
+        nothing = dict.fromkeys(("supports", "prepare", "hold_state"))
+        return {**nothing, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
 
     def stop(self) -> None:
         self.alive = False

@@ -18,7 +18,7 @@ from perf import kernels, plan_check, planned, predicted, published  # noqa: E40
 from perf.cli import app  # noqa: E402
 from perf.gpus import NODES, Gpu  # noqa: E402
 from perf.scale import GRADIENTS, Head, chunk_on_cpu, memory  # noqa: E402
-from perf.traffic import collectives, optimizer_bytes  # noqa: E402
+from perf.traffic import collectives, drawing_bytes, optimizer_bytes  # noqa: E402
 
 HUGE = ["plan", "--classes", "100e6", "--dim", "512", "--batch", "512", "--gpu", "h100"]
 
@@ -86,6 +86,20 @@ def test_the_committed_check_holds() -> None:
     frame = pd.read_csv(Path(__file__).resolve().parent.parent / "reports" / "plan_check.csv")
     assert plan_check.holds(frame)
     assert len(frame) >= 30
+
+
+def test_the_draw_of_a_sample_is_counted_where_a_gpu_draws_by_keys() -> None:
+    """As `sampling.fits` says: not of all classes, and not where all ranks have more labels than a rank's sample."""
+    head = Head(100_000_000, 64, 128, ranks=2, rate=0.1, compute_item=2, gradient="backward", fused=True)
+    drawn = memory(head, 1024).phases[0]
+    assert (drawn.name, drawn.chunk) == ("draw", 16 * 50_000_000)
+    assert memory(head, 1024).largest.name == "draw"
+    assert drawing_bytes(head) > 16 * 50_000_000
+    few = head._replace(classes=4000)
+    for other in (head._replace(rate=1.0), few, head._replace(fused=False)):
+        assert drawing_bytes(other) == 0
+    assert memory(head._replace(rate=1.0), 1024).phases[0].chunk == 0
+    assert memory(few, 64).phases[0].chunk < 16 * few.rows
 
 
 def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings() -> None:

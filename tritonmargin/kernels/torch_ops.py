@@ -268,7 +268,7 @@ def add_to_few(out: Tensor, start: int, shares: list[Shares]) -> None:
 
 
 def exp_(z: Tensor) -> Tensor:
-    """exp(z), z <= 0, in place: two passes, of which a CPU's exp2 is four times as fast as its exp in float32."""
+    """exp(z), z <= 0, in place: two passes, for a CPU's exp2 is several times as fast as its exp in float32."""
     return z.mul_(math.log2(math.e)).exp2_()
 
 
