@@ -118,7 +118,7 @@ RATES = tuple(f"ours-sampled:rate={rate}" for rate in (0.01, 0.03, 0.3))
 RANKS = ("ours-sharded", *(f"ours-sharded:ranks={ranks}" for ranks in (1, 3, 4)))  # itself: two
 SWEEPS = Grid((100_000,), providers=("ours", *CHUNKS, *KEPT, *RATES, *RANKS), modes=(WHOLE,))
 LINEAR = Grid((10_000, 100_000, 300_000, 1_000_000), (128,), providers=("ours", "plain"), modes=(STEP,))
-SOFTMAX = ("ours", "ours-in-backward", "plain", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
+SOFTMAX = ("ours", "ours-retain", "ours-in-backward", "plain", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
 MANY = (10_000, 100_000, 1_000_000)
 ALL = (*MANY, 4_000_000)
 # The rows that promise something, in every mode.
