@@ -20,8 +20,10 @@ from perf import (  # noqa: E402
     grid,
     machine,
     measure,
+    peaks,
     providers,
     results,
+    worker,
 )
 from perf.cli import app  # noqa: E402
 from perf.grid import Budget, Case, Grid  # noqa: E402
@@ -50,6 +52,8 @@ class Scripted:
                 raise Failed("out of luck")
             loss = self.loss.get(self.name, 7.0)
             return (took, loss) if command == "step" else (took, loss, 1.0)
+        if command == "hold_state":
+            self.order.append(f"{self.name}: {command}")
         nothing = dict.fromkeys(("supports", "prepare", "hold_state"))
         return {**nothing, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
 
@@ -152,6 +156,25 @@ def test_where_the_momentum_has_no_room_the_steps_without_it_are_measured(monkey
     assert step["samples"] == 3
     assert whole["samples"] == 0
     assert "the momentum is" in whole["note"]
+
+
+def test_a_whole_step_is_measured_with_the_momentum_in_the_resident_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first step would else count the pages of the momentum's file, which a real optimiser holds already."""
+    monkeypatch.setattr(measure, "Worker", Scripted)
+    monkeypatch.setattr(Scripted, "times", {"gemm": [1.0] * 4, "ours": [1.0] * 4})
+    monkeypatch.setattr(Scripted, "order", [])
+    cases = [Case(SMALL, "ours", mode) for mode in (STEP, WHOLE)]
+    measure.measure(SMALL, cases, Budget(1, 1, 0.0, 9.0), 1, measure.History(), measure.Checks(), quiet)
+    turns = ["ours", "gemm", "ours", "gemm"]
+    assert Scripted.order == [*turns, "ours: hold_state", *turns]
+
+    problem = replace(SMALL, classes=200_000)
+    with measure.buffers(problem) as files:
+        desk = worker.Desk("ours")
+        desk.prepare(problem, files)
+        assert peaks.resident_growth(lambda: None) < problem.weight_bytes / 4
+        assert peaks.resident_growth(desk.hold_state) > 0.9 * problem.weight_bytes
+        assert peaks.resident_growth(desk.hold_state) < problem.weight_bytes / 4
 
 
 # -- results -----------------------------------------------------------------------------------------------------
