@@ -149,7 +149,7 @@ PLANS = {
             PROMISED, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
             Grid(MANY, (512,), (32, 256), BOTH,
                  providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
-            Grid((131_072,), (512,), (256,), BOTH, ("softmax",), SOFTMAX, (STEP,)),
+            Grid((131_072,), (512,), (256,), BOTH, ("softmax",), (*SOFTMAX, "plain-compiled"), (STEP,)),
             Grid((10_000, 100_000), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
         ),
         Budget(5, 8, 1.0, 5.0, patience=6.0, minutes=26.0),
