@@ -6,6 +6,7 @@ They are forked from a process that has imported what they need and computed not
 from __future__ import annotations
 
 import datetime
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -51,6 +52,12 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout:
                 time.sleep(0.02)
         assert not errors, "\n".join(errors)
         return [found.get(rank) for rank in range(world_size)]
+
+
+@functools.cache
+def first_ranks(count: int) -> dist.ProcessGroup:
+    """A group of the first ranks; made by all of them, in the same order."""
+    return dist.new_group(list(range(count)))
 
 
 def one_rank(
