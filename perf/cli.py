@@ -177,14 +177,15 @@ def readme_command(
     readme: Annotated[Path, typer.Option(help="the file with the two marks")] = Path("README.md"),
     gate: Annotated[Path | None, typer.Option(help="also those of a GPU, from a gate's folder")] = None,
 ) -> None:
-    """Write the numbers of README.md again from the results."""
+    """Write the numbers of README.md again from the results, and those of other machines in the folders beside."""
     from perf import readme as numbers
 
     found = loaded(out)
     if found.rows.empty:
         raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
     try:
-        changed = numbers.write(readme, found, json.loads((gate / "gate.json").read_text()) if gate else None)
+        asked = json.loads((gate / "gate.json").read_text()) if gate else None
+        changed = numbers.write(readme, found, asked, numbers.elsewhere(out, readme.parent))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(f"{readme}: {'written' if changed else 'as it was'}", highlight=False)

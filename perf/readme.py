@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from perf.gate_speed import BESIDE
 from perf.grid import YARDSTICK
 from perf.providers.base import STEP, WHOLE
 from perf.report import markdown
-from perf.results import Results, done
+from perf.results import NOT_BEGUN, Results, done, load
 from perf.run import key
 from perf.terminal import digits
 
@@ -32,8 +33,8 @@ ROWS = [
 D, C = 512, 131_072
 
 
-def numbers(results: Results) -> str:
-    """Everything between the marks."""
+def numbers(results: Results, others: dict[str, Results] | None = None) -> str:
+    """Everything between the marks; `others`: other machines' results, by their folder."""
     rows = results.rows[results.rows["device"] == "cpu"]
     found = find(results)
     parts = [
@@ -49,7 +50,10 @@ def numbers(results: Results) -> str:
         markdown(whole(rows)),
         promises(found.promised),
         complete(results),
-        *measured_on(results),
+        "Measured on:",
+        measured_on(results),
+        "On other machines:" if others else "",
+        "\n".join(on_another(folder, each) for folder, each in (others or {}).items()),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -80,17 +84,27 @@ def speed(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def compiled(rows: pd.DataFrame) -> str:
-    """How full logits under torch.compile stand beside ours."""
+    """How full logits under torch.compile stand beside ours, and ours with all logits retained."""
     names = {"arcface": "ArcFace", "softmax": "no margin"}
-    rows = rows[(rows["provider"] == "plain-compiled") & (rows["mode"] == STEP) & (rows["wrong"] == "")]
-    rows = rows[rows["times_ours"].notna() & rows["loss"].isin(names)]
+    rows = rows[(rows["mode"] == STEP) & (rows["wrong"] == "") & rows["loss"].isin(names)]
+    size = ["loss", "dtype", "N", "D", "C"]
+    wide = rows[rows["times_ours"].notna()].pivot_table(index=size, columns="provider", values="times_ours")
+    if "plain-compiled" not in wide:
+        return ""
     said = []
-    for (loss, dtype), each in rows.groupby(["loss", "dtype"])["times_ours"]:
-        middle, least, most = (digits(value) for value in (each.median(), each.min(), each.max()))
-        said.append(f"{names[loss]} in {dtype} {middle} ({least} to {most}, {len(each)} sizes)")
-    return (
-        f"Time of full logits under torch.compile over ours, median over all sizes: {'; '.join(said)}." if said else ""
-    )
+    for (loss, dtype), each in wide.groupby(level=["loss", "dtype"]):
+        over = each["plain-compiled"].dropna()
+        if over.empty:
+            continue
+        said.append(f"{names[loss]} in {dtype} {digits(over.median())}{spread(over)}")
+        kept = (each["plain-compiled"] / each["ours-retain"]).dropna() if "ours-retain" in each else over[:0]
+        if len(kept) > 1:
+            said[-1] += f", over ours with all logits retained {digits(kept.median())}{spread(kept)}"
+    return f"Time of full logits under torch.compile over ours, median over all sizes: {'; '.join(said)}."
+
+
+def spread(values: pd.Series) -> str:
+    return f" ({digits(values.min())} to {digits(values.max())}, {len(values)} sizes)" if len(values) > 1 else ""
 
 
 def heading(dtype: str, n: int) -> str:
@@ -149,12 +163,28 @@ def complete(results: Results) -> str:
     )
 
 
-def measured_on(results: Results) -> list[str]:
+def measured_on(results: Results) -> str:
     """Every run that rows are from."""
     used = results.rows["run"].astype(str).value_counts()
-    return ["Measured on:", "\n".join(
-        f"- {machine.one_line(facts)}: {used[number]} rows" for number, facts in results.runs.items() if number in used
-    )]  # fmt: skip
+    lines = [f"- {machine.one_line(facts)}: {used[run]} rows" for run, facts in results.runs.items() if run in used]
+    return "\n".join(lines)
+
+
+def elsewhere(out: Path, root: Path) -> dict[str, Results]:
+    """Other machines' results in the folders beside `out` (see `results.beside`), by their path from `root`."""
+    folders = sorted(folder for folder in out.parent.glob(f"{out.name}-*") if folder.is_dir())
+    return {Path(os.path.relpath(folder, root)).as_posix(): load(folder) for folder in folders}
+
+
+def on_another(folder: str, results: Results) -> str:
+    """What another machine says."""
+    rows = results.rows
+    used = [facts for number, facts in results.runs.items() if number in set(rows["run"].astype(str))]
+    open_ones = rows["note"].str.startswith(NOT_BEGUN).sum()
+    asked = f"{len(rows)} cases" + (f", {open_ones} of them not begun in its time" if open_ones else "")
+    found = find(results)
+    said = [f"{asked}, {'; '.join(machine.one_line(facts) for facts in used)}.", sentence(found), compiled(rows)]
+    return f"- [{folder}]({folder}/index.html): " + " ".join(part for part in said if part)
 
 
 # -- a GPU's, from what `python -m perf gate` left ----------------------------------------------------------------
@@ -242,9 +272,11 @@ def gpu_verdict(rows: pd.DataFrame) -> pd.DataFrame:
 # -- the file ----------------------------------------------------------------------------------------------------
 
 
-def rewritten(text: str, results: Results, gate: dict[str, Any] | None = None) -> str:
+def rewritten(
+    text: str, results: Results, gate: dict[str, Any] | None = None, others: dict[str, Results] | None = None
+) -> str:
     """README with the numbers between the marks replaced; ValueError without marks."""
-    text = between(text, BEGIN, END, numbers(results))
+    text = between(text, BEGIN, END, numbers(results, others))
     return text if gate is None else between(text, GPU_BEGIN, GPU_END, of_a_gpu(gate))
 
 
@@ -256,9 +288,11 @@ def between(text: str, begin: str, end: str, new: str) -> str:
     return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
-def write(path: Path, results: Results, gate: dict[str, Any] | None = None) -> bool:
+def write(
+    path: Path, results: Results, gate: dict[str, Any] | None = None, others: dict[str, Results] | None = None
+) -> bool:
     """Whether the file changed."""
     before = path.read_text()
-    after = rewritten(before, results, gate)
+    after = rewritten(before, results, gate, others)
     path.write_text(after)
     return before != after

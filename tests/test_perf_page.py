@@ -29,6 +29,7 @@ from perf import (  # noqa: E402
     compare,
     findings,
     grid,
+    machine,
     noise,
     readme,
     report,
@@ -304,7 +305,9 @@ def test_readmes_numbers_are_those_of_the_committed_results() -> None:
     committed = results.load(root / "reports" / "perf")
     text = (root / "README.md").read_text()
     gate = json.loads((root / "reports" / "gpu-h200" / "gate.json").read_text())
-    assert readme.rewritten(text, committed, gate) == text, "make readme-numbers"
+    others = readme.elsewhere(root / "reports" / "perf", root)
+    assert "reports/perf-intel-xeon" in others
+    assert readme.rewritten(text, committed, gate, others) == text, "make readme-numbers"
     assert "**" in readme.numbers(committed)
     assert len(committed.rows) > 300
 
@@ -317,8 +320,26 @@ def test_readmes_numbers_follow_the_results(written: Path) -> None:
     assert made.endswith(" after")
     assert " old " not in made
     assert "comparisons" in made
+    assert "other machines" not in made
+    beside = readme.rewritten(text, found, others={"elsewhere": found})
+    assert "On other machines:\n\n- [elsewhere](elsewhere/index.html): " in beside
+    assert beside.count(machine.one_line(next(iter(found.runs.values())))) == 2
     with pytest.raises(ValueError, match="end of numbers"):
         readme.rewritten("nothing", found)
+
+
+def test_compiled_code_is_put_beside_both_of_ours() -> None:
+    wanted = {"plain-compiled": (1.2, 1.8, 9.0), "ours-retain": (0.8, 0.9, 1.0), "ours": (1.0, 1.0, 1.0)}
+    lines = [
+        {**fp32_line(provider, STEP, times_ours=value), "C": 1000 * (1 + place), "wrong": ""}
+        for provider, values in wanted.items() for place, value in enumerate(values)
+    ]  # fmt: skip
+    lines[2]["wrong"] = "its dx is off"
+    said = readme.compiled(pd.DataFrame(lines))
+    assert said.endswith(
+        ": ArcFace in float32 1.5 (1.2 to 1.8, 2 sizes), over ours with all logits retained 1.75 (1.5 to 2, 2 sizes)."
+    )
+    assert readme.compiled(pd.DataFrame(lines[3:])) == ""
 
 
 # -- comparing runs ----------------------------------------------------------------------------------------------
