@@ -138,11 +138,12 @@ def write(out: Path, found: dict[str, object]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     usual = found["usual code"]
+    at = f", commit {found['commit']}" if found["commit"] else ""
     first, last = found["loss of the first batch, first and last"]
     lines = [
         f"# {found['classes']:,} classes, D = {found['dim']}, float32, on one machine",
         "",
-        f"`make demo-million`, {found['date']}, {found['machine']}; N = {found['batch']}, ArcFace, RowSGD with "
+        f"`make demo-million`, {found['date']}{at}, {found['machine']}; N = {found['batch']}, ArcFace, RowSGD with "
         "momentum inside backward.",
         "",
         f"- Weight and momentum are {found['weight and momentum, bytes'] / 1e9:.2f} GB; the process never held "
