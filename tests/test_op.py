@@ -237,7 +237,7 @@ def test_opcheck_of_its_backward(name: str) -> None:
     arguments = (
         x, w, row, options["class_ids"], options["bias"], options["class_weight"], options["offset"],
         {"hinge": options["threshold"], "exp": out.total, "softmax": rest if len(rest) else None}[kind],
-        hardest_row, mean_row, out.retained,
+        hardest_row, mean_row, out.target_rows, out.retained,
         None if name == "max" else g, g, g / out.target_norm, g if len(mean_row) else None,
         g if len(hardest_row) else None, kind, options["unit"], options["sparse"],
     )  # fmt: skip

@@ -360,7 +360,7 @@ def test_fake_outputs_look_like_real_ones(name: str) -> None:
     saved = [given.x, given.w, given.y % 3, options["class_ids"], options["bias"], options["class_weight"]]
     saved += [options["offset"]]
     saved += [real.total if options["bounded"] else real.rest if options["want_rest"] else None]
-    saved += [real.hardest_row, real.mean_row, real.retained]
+    saved += [real.hardest_row, real.mean_row, real.target_rows, real.retained]
     g = [given.upstream if saved[7] is not None else None, given.upstream, None, None, None]
     mode = FakeTensorMode()
 

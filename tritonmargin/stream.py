@@ -56,6 +56,7 @@ class Streamed(NamedTuple):
     hardest_row: Tensor  # [N]  int64, -1 where there is no other class
     total: Tensor  # [N]  exp(rest), on the bounded path; saved for backward
     mean_row: Tensor  # [D]  sum_j c_j w'_j; saved for backward
+    target_rows: Tensor  # [N, D]  w'_y, 0 where there is no target; saved for backward
     retained: Tensor  # [R, N]  tiles of the first R classes; saved for backward
 
 
@@ -79,7 +80,7 @@ def stream_op(
     chunk_bytes: int,
     retain_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False), products(dtype, x, load_backend(backend).FUSED):
         dtype = operands(dtype)
         walk = Walk(x, weight, class_ids, unit, bounded, dtype, chunk_bytes, backend, exact=class_weight is not None)
@@ -138,6 +139,7 @@ def stream_op(
             hardest_row=hardest_row,
             total=total if bounded else x.new_empty(0),
             mean_row=mean_row,
+            target_rows=target_rows,
             retained=retained,
         )
 
@@ -165,6 +167,7 @@ def _(  # type: ignore[no-untyped-def]
         hardest_row=target.new_empty(n if want_hardest else 0),
         total=x.new_empty(n if bounded and want_rest else 0),
         mean_row=x.new_empty(0 if class_weight is None else d),
+        target_rows=x.new_empty(n, d),
         retained=ops.new_tile(x, kept, dtype),
     )
 
@@ -181,6 +184,7 @@ def walk_back(
     shift: Tensor | None,
     hardest_row: Tensor,
     mean_row: Tensor,
+    target_rows: Tensor,
     retained: Tensor,
     g_walk: Tensor | None,
     g_target: Tensor | None,
@@ -227,12 +231,12 @@ def walk_back(
             shares.append(Shares(hardest_row, x * g_hardest[:, None]))
         norm_shares = None
         if need_weight and g_norm is not None:
-            target_rows, norm = walk.gather(target)
+            norm = torch.linalg.vector_norm(target_rows, dim=1)
             unit_rows = target_rows if unit else target_rows * inverse_norm(norm)[:, None]
             norm_shares = Shares(target, unit_rows * g_norm[:, None])
         mean_share = None if g_mean is None else g_mean @ x
-        # Rows that samples point at, before an update changes them.
-        beside_x = own_rows(walk, [(target, g_target), (hardest_row, g_hardest)]) if need_x else None
+        # Before an update changes them.
+        hardest_rows = walk.gather(hardest_row)[0] if need_x and g_hardest is not None else None
 
         # The sample side of both products: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x).
         outer = factor = None
@@ -296,22 +300,13 @@ def walk_back(
                 grad_x *= outer[:, None]
             if g_walk is not None:
                 grad_x *= g_walk[:, None]
-            if beside_x is not None:
-                grad_x += beside_x
+            if g_target is not None:
+                grad_x.addcmul_(target_rows, g_target[:, None])
+            if hardest_rows is not None and g_hardest is not None:
+                grad_x.addcmul_(hardest_rows, g_hardest[:, None])
             if g_mean is not None:
                 grad_x.addr_(g_mean, mean_row)
         return grad_x, grad_weight, grad_bias.to(bias.dtype) if bias is not None else grad_bias
-
-
-def own_rows(walk: Walk, pointers: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:  # [N, D]
-    """sum of g_i w'_row(i) over pairs of rows and gradients; None: there is no gradient."""
-    total = None
-    for row, g in pointers:
-        if g is None:
-            continue
-        rows = walk.gather(row)[0]
-        total = rows.mul_(g[:, None]) if total is None else total.addcmul_(rows, g[:, None])
-    return total
 
 
 def without(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,8 +329,9 @@ stream_backward_op = torch.library.custom_op(
 
 @stream_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, target, class_ids, bias, class_weight, offset, shift, hardest_row, mean_row, retained, g_walk, g_target,
-    g_norm, g_mean, g_hardest, kind, unit, sparse, need_x, need_weight, need_bias, dtype, chunk_bytes, backend,
+    x, weight, target, class_ids, bias, class_weight, offset, shift, hardest_row, mean_row, target_rows, retained,
+    g_walk, g_target, g_norm, g_mean, g_hardest, kind, unit, sparse, need_x, need_weight, need_bias, dtype, chunk_bytes,
+    backend,
 ):  # fmt: skip
     rows = class_ids.shape[0] if class_ids is not None and sparse else weight.shape[0]
     return (
@@ -352,10 +348,11 @@ def setup_stream(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.kind = "hinge" if threshold is not None else "exp" if bounded else "softmax"
     shift = threshold if threshold is not None else (out.total if bounded else out.rest) if want_rest else None
     ctx.save_for_backward(
-        x, weight, target, class_ids, bias, class_weight, offset, shift, out.hardest_row, out.mean_row, out.retained
-    )
+        x, weight, target, class_ids, bias, class_weight, offset, shift, out.hardest_row, out.mean_row,
+        out.target_rows, out.retained,
+    )  # fmt: skip
     ctx.set_materialize_grads(False)
-    constants = [out.violations, out.hardest_row, out.total, out.mean_row, out.retained]
+    constants = [out.violations, out.hardest_row, out.total, out.mean_row, out.target_rows, out.retained]
     ctx.mark_non_differentiable(*constants, *([out.rest] if ctx.kind == "hinge" else []))
 
 
