@@ -124,13 +124,13 @@ def gradient_bytes(head: Head) -> int:
 
 
 def lasting_samples(head: Head) -> int:
-    """What autograd and the caller keep: embeddings, their copy in float32, and all ranks' rows that the stream saved.
+    """What autograd and the caller keep: embeddings, their copy in float32, all ranks' rows and those of their targets.
 
     And the numbers of the walked classes, and vectors of N numbers.
     """
     own, everyone = head.batch * head.dim * 4, head.samples * head.dim * 4
     ids = 8 * head.walked if head.sampled else 0
-    return 2 * own + everyone + VECTORS * 4 * head.samples + ids
+    return 2 * own + 2 * everyone + VECTORS * 4 * head.samples + ids
 
 
 def buffers(head: Head, chunk: int, forward: bool) -> int:
@@ -169,12 +169,12 @@ def forward(head: Head, chunk: int) -> Phase:
     everyone = head.samples * head.dim
     between, inside = selected(head, chunk)
     scaled = everyone * head.compute_item  # x log2(e)
-    gathered = 2 * 4 * everyone  # the targets' rows and their product with x
+    product = 4 * everyone  # of the targets' rows with x
     return Phase(
         "forward",
         gradient=0,
         chunk=buffers(head, chunk, forward=True) + max(between, inside),
-        samples=lasting_samples(head) + scaled + gathered,
+        samples=lasting_samples(head) + scaled + product,
     )
 
 
@@ -190,8 +190,8 @@ def backward(head: Head, chunk: int) -> Phase:
         finishing = 4 * rows  # what the row dot of the Jacobian multiplies out
         if head.gradient == "backward":
             finishing = max(finishing, updating(head, chunk))
-    # x log2(e), x times its factor; dX, targets' rows for dX, targets' shares in dW
-    samples = 2 * everyone * head.compute_item + 3 * 4 * everyone
+    # x log2(e), x times its factor; dX, targets' shares in dW
+    samples = 2 * everyone * head.compute_item + 2 * 4 * everyone
     if head.fused:
         samples += 4 * everyone  # shares in the order of their rows
     return Phase(
