@@ -173,7 +173,8 @@ def measured_on(results: Results) -> str:
 def elsewhere(out: Path, root: Path) -> dict[str, Results]:
     """Other machines' results in the folders beside `out` (see `results.beside`), by their path from `root`."""
     folders = sorted(folder for folder in out.parent.glob(f"{out.name}-*") if folder.is_dir())
-    return {Path(os.path.relpath(folder, root)).as_posix(): load(folder) for folder in folders}
+    found = {Path(os.path.relpath(folder, root)).as_posix(): load(folder) for folder in folders}
+    return {folder: results for folder, results in found.items() if len(results.rows)}
 
 
 def on_another(folder: str, results: Results) -> str:

@@ -348,6 +348,22 @@ def test_12_nan_or_inf_in_one_embedding_poisons_only_its_row(name, objective, ba
     assert torch.isfinite(dx[others]).all()
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", MARGINS)
+def test_12_nan_in_one_class_row_is_seen_by_every_sample(name, objective, place):
+    """Whatever chunk it is in, and whatever chunks before and after it hold."""
+    x, w, target = problem()
+    with torch.no_grad():
+        w[0 if place == "first" else -1, 1] = torch.nan
+    loss, stats = tm.margin_cross_entropy(
+        x, w, target, MARGINS[name](), objective=objective, reduction="none", chunk_bytes=CHUNK, return_stats=True
+    )
+    assert loss.isnan().all()
+    assert stats.hardest_logit[target != (0 if place == "first" else len(w) - 1)].isnan().all()
+    assert not stats.correct.any()
+
+
 # -- 15: autograd --------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,23 @@ def test_the_bounded_path_needs_no_maximum(objective: str, backend: str) -> None
     assert all(count == hardest + running for name, count in maxima.items() if name != "bounded")
 
 
+@cpu_only
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_hardest_class_is_found_without_a_copy_of_the_tile(chunks: int) -> None:
+    """Where every sample's hardest class is in the chunk, too."""
+    n, classes = 64, 4096
+    x, w = torch.ones(n, 4), torch.linspace(-1.0, 1.0, classes)[:, None].expand(-1, 4).contiguous()
+    tile = 4 * n * classes // chunks
+
+    def loss() -> object:
+        chunk_bytes = 4 * (n + 8) * classes // chunks
+        target = torch.zeros(n, dtype=torch.long)
+        return tm.margin_cross_entropy(x, w, target, tm.Softmax(), objective="max-hinge", chunk_bytes=chunk_bytes)
+
+    with torch.no_grad(), tm.use_backend("torch"):
+        assert cost(loss).above(tile // 2) == 1
+
+
 def test_is_bounded() -> None:
     """The sum of `classes` exponentials at the bound is a number, with a factor of 40 to spare."""
     for dtype in (torch.float32, torch.float64):

@@ -124,7 +124,7 @@ def stream_op(
         if run.hardest is not None and run.hardest_row is not None:
             hardest, hardest_row = hardest_slot(run.hardest, run.hardest_row)
             product = (x * walk.gather(hardest_row)[0]).sum(dim=1)
-            hardest_product = torch.where(hardest_row >= 0, product, hardest)
+            hardest_product = torch.where((hardest_row < 0) | hardest.isnan(), hardest, product)
         if class_weight is not None:
             mean_product = x @ mean_row
         target_rows, target_norm = walk.gather(target)

@@ -247,11 +247,14 @@ def widened(z: Tensor, scratch: Tensor) -> Tensor:
 def fold_hardest(z: Tensor, value: Tensor, start: int, hardest: Tensor, hardest_row: Tensor) -> None:
     """The chunk's maxima [N] into what was the hardest; their rows are looked for where there is something better.
 
-    A maximum with its place takes ten times as long as one without, and after a few chunks hardly any is better.
+    A maximum with its place takes ten times as long as one without, and after a few chunks hardly any is better. Until
+    then it is taken of the tile as it is: a copy of most of it would be another tile.
     """
     sample = (value > hardest).nonzero().squeeze(1)
     torch.maximum(value, hardest, out=hardest)  # nan stays nan
-    if len(sample):
+    if 8 * len(sample) > z.shape[1]:
+        hardest_row[sample] = z.max(dim=0).indices[sample] + start
+    elif len(sample):
         hardest_row[sample] = z.index_select(1, sample).max(dim=0).indices + start
 
 
