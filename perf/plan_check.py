@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import tritonmargin as tm
+from perf import machine
 from perf.peaks import allocations, peak_without, resident_growth
 from perf.scale import Head, chunk_on_cpu, memory
 from perf.terminal import Say
@@ -132,5 +133,6 @@ def holds(frame: pd.DataFrame) -> bool:
 
 def write(frame: pd.DataFrame, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
+    frame = frame.assign(machine=machine.one_line(machine.describe("cpu")))
     frame.to_csv(out / "plan_check.csv", index=False, float_format="%.5g")
     return out / "plan_check.csv"

@@ -89,22 +89,20 @@ def compiled(rows: pd.DataFrame) -> str:
     rows = rows[(rows["mode"] == STEP) & (rows["wrong"] == "") & rows["loss"].isin(names)]
     size = ["loss", "dtype", "N", "D", "C"]
     wide = rows[rows["times_ours"].notna()].pivot_table(index=size, columns="provider", values="times_ours")
-    if "plain-compiled" not in wide:
-        return ""
+    wide = wide.reindex(columns=["plain-compiled", "ours-retain"]).dropna(subset="plain-compiled")
     said = []
     for (loss, dtype), each in wide.groupby(level=["loss", "dtype"]):
-        over = each["plain-compiled"].dropna()
-        if over.empty:
-            continue
-        said.append(f"{names[loss]} in {dtype} {digits(over.median())}{spread(over)}")
-        kept = (each["plain-compiled"] / each["ours-retain"]).dropna() if "ours-retain" in each else over[:0]
-        if len(kept) > 1:
-            said[-1] += f", over ours with all logits retained {digits(kept.median())}{spread(kept)}"
-    return f"Time of full logits under torch.compile over ours, median over all sizes: {'; '.join(said)}."
+        kept = (each["plain-compiled"] / each["ours-retain"]).dropna()
+        retained = f", over ours with all logits retained {middle(kept)}" if len(kept) else ""
+        said.append(f"{names[loss]} in {dtype} {middle(each['plain-compiled'])}{retained}")
+    return (
+        f"Time of full logits under torch.compile over ours, median over all sizes: {'; '.join(said)}." if said else ""
+    )
 
 
-def spread(values: pd.Series) -> str:
-    return f" ({digits(values.min())} to {digits(values.max())}, {len(values)} sizes)" if len(values) > 1 else ""
+def middle(values: pd.Series) -> str:
+    """The median and what it is of."""
+    return f"{digits(values.median())} ({digits(values.min())} to {digits(values.max())}, {len(values)} sizes)"
 
 
 def heading(dtype: str, n: int) -> str:

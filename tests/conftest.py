@@ -71,6 +71,16 @@ def ttsem(pytestconfig: pytest.Config):
     return state
 
 
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory):
+    """Ranks that stay for the tests of a file."""
+    from ranks import WORLD, Pool  # after this file has chosen the machine
+
+    pool = Pool(WORLD, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()
+
+
 @pytest.fixture
 def debug(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels and ids are looked at on a GPU too: out of bounds there, they end all work of the process."""

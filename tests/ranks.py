@@ -24,6 +24,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # Those that are missing are passed over.
 CONTEXT.set_forkserver_preload(["tritonmargin", "pytest", "examples.glyphs.partial_fc"])
 SECONDS = 60.0
+WORLD = 4  # ranks of the fixture `pool`
+D = 5
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = SECONDS) -> list[Any]:
@@ -58,6 +60,15 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout:
 def first_ranks(count: int) -> dist.ProcessGroup:
     """A group of the first ranks; made by all of them, in the same order."""
     return dist.new_group(list(range(count)))
+
+
+def matrix(c: int, seed: int) -> torch.Tensor:  # [C, D]
+    """The same on every rank."""
+    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def names(folder: Path | str) -> list[str]:
+    return sorted(os.listdir(folder))
 
 
 def one_rank(

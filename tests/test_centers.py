@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Pool, first_ranks
+from ranks import WORLD, D, first_ranks, matrix, names
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,25 +16,6 @@ import tritonmargin as tm
 from tritonmargin import centers
 from tritonmargin.checkpoint import CheckpointError
 from tritonmargin.parallel import Shard
-
-WORLD = 4
-D = 5
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    pool = Pool(WORLD, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.stop()
-
-
-def matrix(c, seed):
-    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed), device="cpu")
-
-
-def names(folder):
-    return sorted(os.listdir(folder))
-
 
 # -- export -----------------------------------------------------------------------------------------------------------
 
@@ -45,6 +26,12 @@ def head_of(c, seed, shard=None):
     weight[c // 2] = 0.0
     head.load_state_dict({"weight": weight})
     return head
+
+
+def failing_second(function):
+    """The function, whose second call raises ZeroDivisionError."""
+    calls = itertools.count(1)
+    return lambda *args: 1 / 0 if next(calls) == 2 else function(*args)
 
 
 def exported(rank, folder):
@@ -58,9 +45,8 @@ def exported(rank, folder):
     messages = []
     for failing, broken in ((0, "raw_bytes"), (2, "unit_rows")):
         whole = getattr(centers, broken)
-        calls = []
         if rank == failing:
-            setattr(centers, broken, lambda *args: calls.append(1) or (1 / 0 if len(calls) == 2 else whole(*args)))  # noqa: B023
+            setattr(centers, broken, failing_second(whole))
         with pytest.raises(CheckpointError) as raised:
             tm.checkpoint.export_centers(head_of(16, 1, Shard(16)), f"{folder}/broken", chunk_classes=2)
         setattr(centers, broken, whole)

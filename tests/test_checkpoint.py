@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONTEXT, Pool, first_ranks
+from ranks import CONTEXT, WORLD, D, first_ranks, matrix, names
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -24,20 +24,6 @@ from tritonmargin import agree, manifest
 from tritonmargin.checkpoint import CheckpointError, load, save
 from tritonmargin.optim import RowAdamW
 from tritonmargin.parallel import Shard
-
-WORLD = 4
-D = 5
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    pool = Pool(WORLD, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.stop()
-
-
-def matrix(c, seed):
-    return torch.randn(c, D, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def state_of(c, seed, shard=None):
@@ -81,10 +67,6 @@ def assert_same(ours, expected):
             assert_same(ours[key], expected[key])
     else:
         assert ours == expected
-
-
-def names(folder):
-    return sorted(os.listdir(folder))
 
 
 # -- round trips -------------------------------------------------------------------------------------------------------
