@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import tritonmargin as tm
-from perf.machine import commit
+from perf.suite.machine import commit
 
 BATCHES = 4
 

@@ -1,200 +1,238 @@
-"""The commands."""
+"""The commands. Exit codes: 0, 1 for a result that is worse than asked for, 2 for a mistake on the command line."""
 
 from __future__ import annotations
 
-import json
+import importlib.metadata
 import signal
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
 import typer
 
-from perf import compare as compares
-from perf import grid, machine, plan_cli, profiling, results
-from perf import run as runs
-from perf.problem import LOSSES, Problem
-from perf.providers import discover, split
+import tritonmargin
+from perf import providers as found_providers
 from perf.providers.base import MODES
-from perf.terminal import OUT, Out, Reports, bar, boxed, console, saying
+from perf.report import terminal
+from perf.report.terminal import boxed, console
+from perf.suite import machine, plans, results, runner
+from perf.suite.problem import LOSSES
 
 app = typer.Typer(
-    help="Speed and memory of tritonmargin beside other code.", no_args_is_help=True, add_completion=False
+    help="Speed and memory of tritonmargin versus other code.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
+UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer carry themselves
+LOCAL, REPORTS = Path("perf-results"), Path("reports")
 
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch; default: its own choice")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-N = Annotated[int, typer.Option("--n", min=1, help="samples")]
-D = Annotated[int, typer.Option("--d", min=1, help="width of embeddings")]
-C = Annotated[int, typer.Option("--c", min=1, help="classes")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ...")]
+Reports = Annotated[Path, typer.Option(help="folder of the CSVs and tables")]
+Device = Literal["cpu", "cuda"]
 
 
-def numbers(text: str | None) -> tuple[int, ...]:
-    """`1e4,1e6` as whole numbers."""
-    return tuple(plan_cli.number(part) for part in words(text))
+def main() -> None:
+    """Mistakes on the command line end in one line."""
+    try:
+        code = app(prog_name="python -m perf", standalone_mode=False)
+    except UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        code = 2
+    except typer.Abort:
+        code = 130
+    sys.exit(code or 0)
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What is wrong, or missing, is a mistake of whoever called."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def words(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def number(text: str | int) -> int:
+    """A whole number, also as 1e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value < 1 or value != int(value):
+        raise typer.BadParameter(f"{text!r} is no whole number of at least 1")
+    return int(value)
 
 
 def known(option: str, values: Iterable[str], allowed: Iterable[str]) -> None:
     """BadParameter for a value that is none of those allowed."""
     for value in values:
         if value not in allowed:
-            raise typer.BadParameter(f"{value!r} is not among {', '.join(allowed)}", param_hint=f"--{option}")
+            raise typer.BadParameter(f"{value!r} is not among {', '.join(allowed)}", param_hint=option)
 
 
 def known_device(device: str) -> None:
-    known("device", [device], ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no GPU here", param_hint="--device")
 
 
 def loaded(folder: Path) -> results.Results:
-    """What a folder holds; BadParameter if a file of it cannot be read."""
+    """What a folder holds; BadParameter if there is nothing or a file of it cannot be read."""
+    if not (folder / "results.csv").exists():
+        raise typer.BadParameter(f"no results.csv in {folder}; `python -m perf run --out {folder}` makes one")
     try:
         return results.load(folder)
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise typer.BadParameter(f"a file in {folder} is damaged: {error}") from error
 
 
+def version(asked: bool) -> None:
+    if asked:
+        triton = importlib.metadata.version("triton")
+        print(f"tritonmargin {tritonmargin.__version__}, torch {torch.__version__}, triton {triton}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="print it and exit")] = False,
+) -> None:
+    pass
+
+
+# -- measure -----------------------------------------------------------------------------------------------------
+
+
 @app.command()
 def run(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes: under 3 minutes")] = False,
-    full: Annotated[bool, typer.Option("--full", help="every size and provider: hours on two cores")] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
-    classes: Annotated[str | None, typer.Option(help="instead of the sizes above, e.g. 1e4,1e6")] = None,
-    dim: Annotated[str | None, typer.Option(help="widths of the embeddings, e.g. 128,512; 512")] = None,
-    batch: Annotated[str | None, typer.Option(help="samples, e.g. 32,256; 256")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"among {', '.join(grid.DTYPES)}; fp32")] = None,
-    losses: Annotated[str | None, typer.Option(help=f"among {', '.join(LOSSES)}; arcface")] = None,
-    providers: Annotated[str | None, typer.Option(help="see `python -m perf providers`; all")] = None,
-    modes: Annotated[str | None, typer.Option(help=f"among {', '.join(MODES)}; {', '.join(grid.COMMON)}")] = None,
-    longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step")] = None,
+    plan: Annotated[str, typer.Option(help=f"which cases: {', '.join(plans.PLANS)}")] = "default",
+    quick: Annotated[bool, typer.Option("--quick", help="--plan quick: under 3 minutes")] = False,
+    full: Annotated[bool, typer.Option("--full", help="--plan full: every size and provider, hours")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="--plan tiny: seconds; its numbers say nothing")] = False,
+    classes: Annotated[str | None, typer.Option(help="a grid of your own: classes, e.g. 1e4,1e6")] = None,
+    dim: Annotated[str | None, typer.Option(help="widths of the embeddings, e.g. 128,512")] = None,
+    batch: Annotated[str | None, typer.Option(help="samples, e.g. 32,256")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"among {', '.join(plans.DTYPES)}")] = None,
+    losses: Annotated[str | None, typer.Option(help=f"among {', '.join(LOSSES)}")] = None,
+    providers: Annotated[str | None, typer.Option(help="see `python -m perf providers`")] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="a head of your own: my_head.py:MyHead")] = None,
+    modes: Annotated[str | None, typer.Option(help=f"among {', '.join(MODES)}")] = None,
+    longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step; longer ones are left out")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="of the run; no size begins after that")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help=f"folder; default {OUT}, or beside it if that is of another machine"),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help=f"folder of the results; {LOCAL}/PLAN")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the folder holds already")] = False,
-    threads: Threads = None,
-    device: Device = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of torch")] = None,
+    device: Annotated[Device | None, typer.Option(help="cpu; for --plan gpu: cuda")] = None,
 ) -> None:
-    """Measure, write CSVs and the page: under 30 minutes, if not --full.
+    """Measure, write CSVs and the page: under 30 minutes for the default plan on 2 cores.
 
-    Stopped at any moment, or by the time that it has, it goes on where it was when it is called again.
+    Any of --classes, --dim, --batch, --dtype, --losses, --providers, --modes makes a grid of your own.
+    Stopped at any moment, or by its time, the same command goes on where it was.
     """
-    name = "tiny" if tiny else "quick" if quick else "full" if full else "default"
-    plan = grid.PLANS[name]
+    name = "tiny" if tiny else "quick" if quick else "full" if full else plan
+    known("--plan", [name], plans.PLANS)
+    device = device or ("cuda" if name == "gpu" else "cpu")
     known_device(device)
-    if not classes and any((dim, batch, dtype, losses, providers, modes)):
-        raise typer.BadParameter("a grid of your own starts with --classes, e.g. --classes 1e4,1e6")
-    try:
-        if classes:
-            chosen = grid.Grid(
-                numbers(classes), numbers(dim or "512"), numbers(batch or "256"),
-                tuple(grid.DTYPES.get(each, each) for each in words(dtype or "fp32")), words(losses or "arcface"),
-                words(providers) or grid.EVERYONE, words(modes) or grid.COMMON,
+    sizes = {"classes": classes, "dims": dim, "batches": batch}
+    with usage():
+        heads = tuple(found_providers.load_file(each) for each in provider or ())
+        chosen = plans.PLANS[name]
+        if any((*sizes.values(), dtype, losses, providers, modes)):
+            name = name if tiny or quick or full or plan != "default" else "grid"
+            grid = plans.custom_grid(
+                **{name: tuple(map(number, words(given))) for name, given in sizes.items()}, dtypes=words(dtype),
+                losses=words(losses), providers=(*words(providers), *heads) if providers else (), modes=words(modes),
             )  # fmt: skip
-            for each in chosen.providers:
-                split(each)
-            plan = plan._replace(grids=(chosen,))
-        if longest is not None:
-            plan = plan._replace(budget=plan.budget._replace(longest=longest))
-        if minutes is not None:
-            plan = plan._replace(budget=plan.budget._replace(minutes=minutes))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if device != "cpu":
-        plan = plan.on(device, others=not providers)
+            chosen = chosen._replace(grids=(grid,))
+        chosen = chosen.limited(longest, minutes).on(device, others=not providers).with_providers(heads)
+        chosen.check()
     if threads:
         torch.set_num_threads(threads)
     facts = machine.describe(device) | {"plan": name}
+    folder = out or LOCAL / name
+    if (folder / "results.csv").exists():
+        loaded(folder)
+    if held := results.another_machine(folder, facts):
+        raise typer.BadParameter(f"{folder} holds results of another machine ({held}): choose another folder, --out")
     console.print(machine.one_line(facts), highlight=False)
     if facts["load_before"] and facts["load_before"] > 0.5:
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
-    for file, why in discover().skipped.items():
+    for file, why in found_providers.discover().skipped.items():
         console.print(f"[yellow]skipped {file}: {why}")
-    loaded(OUT if out is None else out)
-    place = results.beside(OUT, facts) if out is None else out
-    if held := results.another_machine(place, facts):
-        raise typer.BadParameter(f"{place} holds results of another machine: {held}", param_hint="--out")
-    if place not in (OUT, out):
-        console.print(f"{OUT} holds results of another machine: {results.another_machine(OUT, facts)}", highlight=False)
-        console.print(f"this one's go to {place}", highlight=False)
-    with bar() as progress, interruptible():
-        stopped = False
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(stop, signal.default_int_handler)
+    stopped = False
+    with terminal.bar() as progress:
         try:
-            runs.go(plan, place, facts, fresh, progress)
+            runner.run_plan(chosen, folder, facts, fresh, progress)
         except KeyboardInterrupt:
             stopped = True
-    written(place, "stopped; the same command goes on from here. " if stopped else "")
+    if stopped and not (folder / "results.csv").exists():
+        console.print("stopped before anything was measured", highlight=False)
+    else:
+        write_page(folder, "stopped; the same command goes on from here. " if stopped else "")
     raise typer.Exit(130 if stopped else 0)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt: a shell's background jobs ignore the first by default."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def write_page(folder: Path, before: str = "") -> None:
+    """Write the page of a folder and print its first table."""
+    from perf.report import page  # matplotlib takes a second to import
 
-
-def written(out: Path, before: str = "") -> None:
-    """Write the page of a folder and print its headline."""
-    from perf import report  # matplotlib takes a second to import
-
-    found = loaded(out)
-    if found.rows.empty and before:
-        console.print(f"{before}Nothing was measured yet", highlight=False)
-        return
-    if found.rows.empty:
-        raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
-    path = report.write(out, found)
-    for heading, frame in report.on_terminal(found):
+    found = loaded(folder)
+    path = page.write(folder, found)
+    for heading, frame in page.on_terminal(found):
         boxed(frame, heading)
     console.print(f"{before}wrote {path}", highlight=False)
 
 
-@app.command("report")
-def report_command(out: Out = OUT) -> None:
-    """Write the page and its pictures again from the CSVs."""
-    written(out)
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="of a run")]) -> None:
+    """Write the page and its pictures again from the CSVs of a folder."""
+    write_page(folder)
 
 
-@app.command("readme")
-def readme_command(
-    out: Out = OUT,
-    readme: Annotated[Path, typer.Option(help="the file with the two marks")] = Path("README.md"),
-    gate: Annotated[Path | None, typer.Option(help="also those of a GPU, from a gate's folder")] = None,
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="folder of a run")],
+    after: Annotated[Path, typer.Argument(help="folder of another run of the same cases")],
+    threshold: Annotated[float, typer.Option(min=0, help="what counts as slower, if it is more than the noise")] = 0.1,
 ) -> None:
-    """Write the numbers of README.md again from the results, and those of other machines in the folders beside."""
-    from perf import readme as numbers
+    """Is the second run slower, larger or less exact? Exits with 1 if a row of ours is, or ours as a whole."""
+    from perf.report import compare as compares
 
-    found = loaded(out)
-    if found.rows.empty:
-        raise typer.BadParameter(f"no results in {out}; `python -m perf run` makes them", param_hint="--out")
-    try:
-        asked = json.loads((gate / "gate.json").read_text()) if gate else None
-        changed = numbers.write(readme, found, asked, numbers.elsewhere(out, readme.parent))
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    console.print(f"{readme}: {'written' if changed else 'as it was'}", highlight=False)
+    sides = loaded(before), loaded(after)
+    found = compares.compare(*sides, threshold)
+    if found.empty:
+        raise typer.BadParameter("the two have no measured case in common")
+    if any(results.another_machine(before, facts) for facts in sides[1].runs.values()):
+        console.print("[yellow]two machines: times are comparable on one alone")
+    said = found[found["verdict"] != ""]
+    if len(said):
+        shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
+        boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
+    if lost := compares.absent(*sides):
+        console.print(f"[yellow]of what {before} measured {lost} cases are not in {after}", highlight=False)
+    bad = compares.regressions(found, threshold)
+    console.print(
+        f"{len(found)} cases compared, {len(said)} changed.", compares.words(found, threshold), highlight=False
+    )
+    for line in bad:
+        console.print(f"[red]{line}", highlight=False)
+    raise typer.Exit(1 if bad else 0)
 
 
-@app.command("providers")
-def providers_command() -> None:
+@app.command()
+def providers() -> None:
     """Who is compared."""
-    found, skipped = discover()
+    found, skipped = found_providers.discover()
     lines = [
         {"": kind.name, "what": kind.title, "losses": ", ".join(kind.losses) or "none", "work": kind.work,
          "options": ", ".join(f"{name}={value}" for name, value in kind.options.items())}
@@ -205,210 +243,171 @@ def providers_command() -> None:
         console.print(f"[yellow]skipped {file}: {why}")
 
 
-@app.command("compare")
-def compare_command(
-    before: Annotated[Path, typer.Argument(help="folder of a run")],
-    after: Annotated[Path, typer.Argument(help="folder of another run of the same cases")],
-    threshold: Annotated[float, typer.Option(min=0, help="what counts as slower, if it is more than the noise")] = 0.1,
-) -> None:
-    """Is the second run slower, larger or less exact? Exits with 1 if a row of ours is, or ours as a whole."""
-    for folder in (before, after):
-        if not (folder / "results.csv").exists():
-            raise typer.BadParameter(f"no results.csv in {folder}")
-    sides = loaded(before), loaded(after)
-    found = compares.compare(*sides, threshold)
-    if found.empty:
-        raise typer.BadParameter("the two have no measured case in common")
-    for facts in sides[1].runs.values():
-        if held := results.another_machine(before, facts):
-            console.print(f"[yellow]two machines, and times are comparable on one alone: {before} is of {held}")
-            break
-    said = found[found["verdict"] != ""]
-    if len(said):
-        shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
-        boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
-    if lost := compares.absent(*sides):
-        console.print(f"[yellow]of what {before} measured {lost} cases are not in {after}", highlight=False)
-    bad = compares.regressions(found, threshold)
-    console.print(
-        f"{len(found)} cases compared, {len(said)} changed. {compares.words(found, threshold)}", highlight=False
-    )
-    for line in bad:
-        console.print(f"[red]{line}", highlight=False)
-    raise typer.Exit(1 if bad else 0)
+@app.command()
+def readme() -> None:
+    """Write the tables of README.md and docs/performance again from reports/cpu and reports/gpu-h200."""
+    from perf.report import readme as generated
+
+    with usage():
+        changed = generated.write(Path("README.md"), loaded(REPORTS / "cpu"), loaded(REPORTS / "gpu-h200"))
+    console.print("written" if changed else "as it was")
 
 
-@app.command("check")
-def check_command(
+# -- count -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(
     update: Annotated[bool, typer.Option("--update", help="write the counts as the new ones")] = False,
 ) -> None:
-    """Count flops, passes over elements and allocations of our steps, and compare them with the committed ones."""
-    from perf import check
+    """Count the work of our steps (products, passes, allocations, launches) versus the committed counts."""
+    from perf.counts import check as counts
+    from perf.counts import step_ops as ops
 
-    found = check.counts()
+    found = counts.counts()
+    if ops.missing():
+        console.print(f"[yellow]{ops.missing()}", highlight=False)
     if update:
-        check.write(found)
-        console.print(f"wrote {check.PATH.name}", highlight=False)
+        counts.write(found)
+        console.print(f"wrote {counts.PATH.name}", highlight=False)
         return
-    said = check.grown(check.committed(), found)
-    for line in said:
+    grown = counts.grown(counts.committed(), found)
+    for line in grown:
         console.print(f"[red]{line}", highlight=False)
-    console.print(f"{len(found)} steps counted: {'no more work than before' if not said else 'more work than before'}")
-    raise typer.Exit(1 if said else 0)
+    console.print(f"{len(found)} steps counted: {'more work than before' if grown else 'no more work than before'}")
+    raise typer.Exit(1 if grown else 0)
 
 
-@app.command("audit")
-def audit_command(
-    out: Reports = Path("reports"),
+@app.command("step-ops")
+def step_ops() -> None:
+    """Launches, device operations and host time of a training step on a GPU; none has to be there."""
+    from perf.counts import step_ops as ops
+
+    if ops.missing():
+        raise typer.BadParameter(ops.missing())
+    boxed(ops.table(), "a training step, as the CPU sees it; host_us: microseconds with launches stubbed")
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def audit(
+    out: Reports = REPORTS,
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32; default: all")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, tf32, float32; default: all")] = None,
     width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
 ) -> None:
-    """Compile the Triton kernels for GPUs that need not be here, read the code, predict a step, check budgets."""
-    from perf import epilogues, executed, kernels
-    from perf.gpus import GPUS
+    """Compile the Triton kernels for GPUs that need not be here: registers, spills, shared memory, instructions."""
+    from perf.kernels import audit as kernels
 
-    targets, dtypes = tuple(target or kernels.TARGETS), tuple(dtype or kernels.DTYPES)
-    known("target", targets, GPUS)
-    known("dtype", dtypes, kernels.DTYPES)
-    with saying() as say:
-        frame = kernels.audit(say, targets, dtypes, tuple(width or kernels.WIDTHS))
-        others = epilogues.table(targets, tuple(each for each in dtypes if each != "float32"), say)
-        predicted = pd.concat([kernels.predict(GPUS[name]) for name in targets], ignore_index=True)
-        ran = executed.table()
-    rules = kernels.budgets(frame, others, ran)
+    known("--target", target or (), kernels.TARGETS)
+    known("--dtype", dtype or (), kernels.DTYPES)
+    asked = target or kernels.TARGETS, dtype or kernels.DTYPES, width or kernels.WIDTHS
+    with usage(), terminal.bar() as progress:
+        frame = kernels.audit(progress, *map(tuple, asked))
+    rules = kernels.budgets(frame)
     boxed(rules, "budgets")
-    shown = predicted[["target", "schedule", "predicted_ms", "predicted_fraction_of_peak", "times_the_floor"]]
-    boxed(shown.round(3), "a step, predicted: N=1024, D=512, C=1,000,000, bfloat16")
-    console.print(f"wrote {kernels.write(frame, others, predicted, ran, out)}", highlight=False)
+    console.print(f"wrote {kernels.write(frame, out)}", highlight=False)
     raise typer.Exit(1 if "NO" in set(rules["met"]) else 0)
 
 
-@app.command("tune")
-def tune_command(
+@app.command()
+def tune(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or tf32; default: both")] = None,
-    device: Annotated[str, typer.Option(help="cuda: measure on this machine's GPU instead")] = "none",
-    measured: Annotated[
-        Path | None, typer.Option(help="a CSV of candidates measured on another machine, as the gate's search.csv")
-    ] = None,
+    device: Annotated[Device, typer.Option(help="cuda: measure on this machine's GPU, and write tiles.json")] = "cpu",
+    measured: Annotated[Path | None, typer.Option(help="a CSV that --out wrote on another machine")] = None,
     out: Annotated[Path | None, typer.Option(help="also write every candidate to this CSV")] = None,
 ) -> None:
-    """Search the tiles of the Triton kernels, and write the best to tritonmargin/kernels/tiles.json."""
-    from perf import tune
-    from perf.gpus import GPUS
+    """Search the tiles of the Triton kernels: list what compiles without spills; on a GPU, take the fastest."""
+    from perf.kernels import tune as tuning
 
-    dtypes = dtype or list(tune.KINDS)
-    known("target", target or (), GPUS)
-    known("dtype", dtypes, tune.KINDS)
-    if device != "none":
-        known_device(device)
-    with saying() as say:
+    dtypes = dtype or list(tuning.KINDS)
+    known("--target", target or (), tuning.TARGETS)
+    known("--dtype", dtypes, tuning.KINDS)
+    known_device(device)
+    with usage(), terminal.bar() as progress:
         if measured:
-            if target or dtype or device != "none":
-                raise typer.BadParameter("it says for which target and dtype it is", param_hint="--measured")
-            frame = tune.tune_from(measured)
-        elif device == "none":
-            frame = tune.tune(target or list(GPUS), dtypes, say)
+            frame = tuning.tune_from(measured)
+        elif device == "cpu":
+            frame = tuning.usable(target or list(tuning.TARGETS), dtypes, progress)
         else:
-            frame = tune.tune_here(dtypes, say)
+            frame = tuning.tune_here(dtypes, progress)
     if out:
         frame.to_csv(out, index=False)
-    typer.echo(f"wrote {tune.TABLE}")
+    boxed(frame.head(20), "the first 20")
+    console.print("tiles.json is as it was" if device == "cpu" and not measured else f"wrote {tuning.TABLE}")
 
 
-@app.command("counted")
-def counted_command(out: Reports = Path("reports")) -> None:
-    """Execute our kernels and Liger-Kernel's on the CPU and count what they load, store and multiply."""
-    from perf import counted
+@app.command()
+def model() -> None:
+    """Bytes and flops of each kernel times measured rates: a step's predicted time, and what was measured."""
+    from perf.kernels import model as kernel_model
 
-    frame = counted.table()
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "counted.csv", index=False)
-    boxed(frame.T.reset_index().map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "counted")
-    console.print(f"wrote {out / 'counted.csv'}", highlight=False)
+    with usage():
+        boxed(kernel_model.table().round(3), "predicted from bytes, flops and measured rates; measured on the H200")
 
 
-@app.command("sampled")
-def sampled_command(
-    out: Reports = Path("reports"),
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    tiny: Annotated[bool, typer.Option("--tiny", help="seconds; the numbers say nothing")] = False,
-    losses: Annotated[bool, typer.Option("--losses", help="the losses of samples instead of times")] = False,
-) -> None:
-    """A step of a tenth of the classes beside the full step, and the cost of drawing them (needs 6 GB)."""
-    from perf import sampled
-
-    facts = machine.describe("cpu")
-    console.print(machine.one_line(facts), highlight=False)
-    with saying() as say:
-        frame = sampled.losses(say, tiny=tiny) if losses else sampled.table(say, rounds, tiny)
-    path = out / ("sampled_losses.csv" if losses else "sampled.csv")
-    out.mkdir(parents=True, exist_ok=True)
-    frame.assign(machine=machine.one_line(facts)).to_csv(path, index=False)
-    shown = frame if losses else frame.T.reset_index()
-    boxed(shown.map(lambda value: f"{value:.3g}" if isinstance(value, float) else value), "sampled")
-    console.print(f"wrote {path}", highlight=False)
-
-
-@app.command("gate")
-def gate_command(
-    out: Annotated[Path, typer.Option(help="folder of the results; a second run goes on in it")],
+@app.command()
+def gate(
+    out: Annotated[Path, typer.Option(help="folder of the results; a second call goes on in it")],
     minutes: Annotated[float, typer.Option(min=0.1, help="no step begins after that")] = 10.0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="without a GPU, tiny sizes, kernels executed by ttsem")
-    ] = False,
-    judge: Annotated[
-        bool, typer.Option("--judge", help="only the verdict on what the folder holds, on any machine")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="without a GPU, tiny sizes, kernels run by ttsem")] = False,
 ) -> None:
-    """Everything worth knowing of a GPU in ten minutes: tests, errors, speed beside others, predictions judged."""
-    from perf import gate
+    """Ten minutes with a GPU: are the losses right, how fast is a step versus the others, what do the kernels need."""
+    from perf import gate as gates
 
-    try:
-        with saying() as say:
-            passed = gate.judge(out) if judge else gate.run(out, dry_run, minutes, say)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    done = "judged" if judge and passed else "every step done" if passed else "not every step done"
-    console.print(f"wrote {out / 'gate.html'}: {done}", highlight=False)
+    with usage(), terminal.progress_line() as progress:
+        passed = gates.run(out, minutes, dry_run, progress)
+    console.print(f"wrote {out}: {'every step done' if passed else 'not every step done'}", highlight=False)
     raise typer.Exit(0 if passed else 1)
 
 
-@app.command("roofline")
-def roofline_command(
-    n: N = 256,
-    d: D = 512,
-    c: C = 131_072,
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    device: Device = "cpu",
-    rounds: Annotated[int, typer.Option(min=0, help="steps to time beside the prediction; 0: none")] = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="also write the parts and the profiler's tables of our steps")
-    ] = None,
+# -- plan --------------------------------------------------------------------------------------------------------
+
+
+Item = Literal["float32", "bfloat16"]
+
+
+@app.command()
+def plan(
+    classes: Annotated[int, typer.Option(parser=number, help="of all ranks, e.g. 1e6")] = 1_000_000,
+    dim: Annotated[int, typer.Option(min=1, help="width of the embeddings")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="samples of a rank")] = 256,
+    ranks: Annotated[int, typer.Option(min=1, help="that share the classes")] = 1,
+    gpu: Annotated[Literal["a100", "h100", "h200", "b200", "mi300x"] | None, typer.Option(help="not the CPU")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of a rank for the head; all there is")] = None,
+    sample_rate: Annotated[float, typer.Option(min=0, max=1, help="of the classes in a step")] = 1.0,
+    gradient: Annotated[Literal["dense", "sparse", "backward"], typer.Option(help="backward: none is kept")] = "dense",
+    optimizer: Annotated[Literal["sgd", "momentum", "adamw"], typer.Option()] = "momentum",
+    dtype: Annotated[Item | None, typer.Option(help="of the products; float32, on a GPU bfloat16")] = None,
+    weight_dtype: Annotated[Item, typer.Option()] = "float32",
+    state_dtype: Annotated[Item, typer.Option(help="of the optimiser")] = "float32",
 ) -> None:
-    """Count flops, elements and bytes of a step, and say what bounds it on this machine."""
-    from perf import roofline
+    """Memory of a rank by formula, and which settings fit. Exits with 1 if none does."""
+    from perf.planner import memory as planner
 
-    known_device(device)
-    known("dtype", [dtype], grid.DTYPES.values())
-    if threads:
-        torch.set_num_threads(threads)
-    problem = Problem(n, d, c, dtype, device)
-    with saying() as say:
-        taken = roofline.measure(problem, rounds, torch.get_num_threads(), say) if rounds else {}
-        say("rates of this machine")
-        frame = roofline.audit(problem, taken)
-    for (provider, mode), parts in frame.groupby(["provider", "mode"], sort=False):
-        boxed(roofline.parts_table(parts), f"{provider}, {mode}")
-    boxed(roofline.table(frame), f"what bounds the rows: {problem.title}")
-    if out:
-        for path in profiling.write_profiles(problem, out):
-            console.print(f"wrote {path}", highlight=False)
-        frame.to_csv(out / f"roofline_{dtype}_N{n}_D{d}_C{c}.csv", index=False, float_format="%.6g")
+    size = {name: size for size, name in planner.ITEMS.items()}
+    products = size[dtype or ("bfloat16" if gpu else "float32")]
+    head = planner.Head(
+        classes, dim, batch, ranks, sample_rate, gradient, optimizer, size[weight_dtype], size[state_dtype], products
+    )
+    made = planner.plan(head, gpu, None if memory is None else memory * 1e9)
+    boxed(planner.plan_table(made), f"GB of a rank: {head.title}")
+    console.print(planner.verdict(made), highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if made.fitting else 1)
 
 
-app.command("plan")(plan_cli.plan_command)
-app.command("plan-table")(plan_cli.plan_table_command)
-app.command("scale-check")(plan_cli.scale_check_command)
+@app.command("plan-check")
+def plan_check(out: Reports = REPORTS) -> None:
+    """Hold the formula of `plan` to peaks measured here, in processes of their own; minutes. Writes reports/plan*."""
+    from perf.planner import check as checked
+    from perf.planner import memory as planner
+
+    with terminal.progress_line() as progress:
+        frame = checked.table(checked.grid(), progress)
+    worst = checked.worst(frame)
+    console.print(f"wrote {planner.write_table(out)} and {checked.write(frame, out)}", highlight=False)
+    console.print(f"{len(frame)} heads, at worst {worst:.2%} off the measured peak", highlight=False)
+    raise typer.Exit(0 if worst <= checked.WITHIN else 1)

@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from ttsem import harness
 
-    from perf.played import played
+    from perf.kernels.ttsem import played
 
     session = played(int(MACHINE.removeprefix("ttsem-")))
     config.ttsem_state = session.__enter__()

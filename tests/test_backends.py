@@ -143,7 +143,7 @@ def test_other_errors_are_not_taken_for_a_kernels(fresh: None, monkeypatch: pyte
 COMPILE = """
 import torch, warnings
 warnings.simplefilter("always")
-from perf.compiled import compiling_for
+from perf.kernels.compile import compiling_for
 from tritonmargin.kernels import triton_ops
 with compiling_for("sm_90") as found:
     triton_ops.prepare_rows(torch.ones(9, 40), None, 0, 9, True, torch.empty(9, 40), None)

@@ -337,3 +337,15 @@ def test_too_few_characters_and_wrong_options_are_told(cache: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["--loss", "triplet"])
     assert "invalid choice: 'triplet'" in capsys.readouterr().err
+
+
+def test_the_head_of_millions_reports_at_a_small_size(tmp_path: Path) -> None:
+    from examples import million
+
+    million.main(["--classes", "2e4", "--dim", "16", "--steps", "2", "--out", str(tmp_path / "million")])
+    found = json.loads((tmp_path / "million.json").read_text())
+    assert [row["rows"] for row in found["sampled"]] == [500, 1000, 2000, 4000]
+    assert found["usual code"]["first that does not fit"] is None
+    first, last = found["loss of the first batch, first and last"]
+    assert last < first
+    assert "20,000 classes" in (tmp_path / "million.md").read_text()

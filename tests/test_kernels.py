@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, MACHINE, made
+from counted import counting
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -817,24 +818,57 @@ def test_shared_memory_fits(kernel: str, dtype: torch.dtype, ttsem: Any, monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_liger_agrees_and_moves_what_was_counted(dtype: torch.dtype, ttsem: Any) -> None:
-    """Plain softmax on the same tensors, and the bytes that our kernels move are those of the formula."""
-    pytest.importorskip("liger_kernel")
-    from perf.counted import compare
+    """Plain softmax on the same tensors, and what our kernels store and multiply is what the formula says."""
+    liger = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    n, d, c, single = 32, 32, 300, dtype == torch.float32
+    x, w = (random(size, d, seed=size).div(d**0.25).to(dtype).requires_grad_() for size in (n, c))
+    target = torch.randint(c, (n,), generator=torch.Generator().manual_seed(0))
 
-    ours, other = compare(n=32, d=32, c=300, dtype=dtype).to_dict("records")
-    for name in ("loss", "dx", "dw"):
-        error = ours[f"error of {name}"]
-        assert error <= 2.0 * other[f"error of {name}"] + (1e-6 if dtype == torch.float32 else 2e-3)
-        assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+    def step(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    exact = [each.detach().double().requires_grad_() for each in (x, w)]
+    expected = step(torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target), *exact)
+    profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    with profiler, counting() as count, tm.use_backend("triton"):
+        ours = step(tm.margin_cross_entropy(x, w, target, tm.Softmax()), x, w)
+    other = liger.LigerFusedLinearCrossEntropyFunction.apply(x, w, target)
+    other = step(other[0] if isinstance(other, tuple) else other, x, w)
+    for got, theirs, want in zip(ours, other, expected, strict=True):
+        error, of_liger = (float((each.double() - want).norm() / want.norm()) for each in (got, theirs))
+        assert error <= 2.0 * of_liger + (1e-6 if single else 2e-3)
+        assert error < (1e-6 if single else 1e-2)
     # Rows that are not normalised are W itself; both walks make tiles; backward stores its share and the gradient.
-    item, tile = dtype.itemsize, triton_ops.tiles_for(random(32, 32, seed=1, dtype=dtype), 300)
-    slots, columns = -(-300 // tile.block_c), -(-300 // 16) * 16
-    whole = -(-32 // tile.block_n) * tile.block_n * slots * tile.block_c * -(-32 // tile.block_d) * tile.block_d
-    elsewhere = dtype == torch.float32  # float32's products are all the library's
-    assert ours["flops of products in kernels"] == (0 if elsewhere else 2 * 2 * whole)
-    assert ours["flops of products in torch"] == (4 if elsewhere else 2) * 2 * 32 * 32 * 300
-    stored = 32 * 4 * slots * 2 + 32 * columns * item + 300 * 32 * item
-    assert ours["bytes stored by kernels"] == stored
+    tile = triton_ops.tiles_for(x, c)
+    slots, columns = -(-c // tile.block_c), -(-c // 16) * 16
+    whole = -(-n // tile.block_n) * tile.block_n * slots * tile.block_c * -(-d // tile.block_d) * tile.block_d
+    assert count.flops == (0 if single else 2 * 2 * whole)  # float32's products are all the library's
+    by_torch = 0
+    for event in profiler.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            # What is added to comes before the factors.
+            (rows, inner), (_, width) = event.input_shapes[event.name != "aten::mm" :][:2]
+            by_torch += 2 * rows * inner * width
+    assert by_torch == (4 if single else 2) * 2 * n * d * c
+    assert count.stored == n * 4 * slots * 2 + n * columns * dtype.itemsize + c * d * dtype.itemsize
+
+
+def test_chunks_are_whole_waves_in_memory_that_is_bounded() -> None:
+    for (target, processors, memory), (n, d, dtype, c) in itertools.product(
+        [("sm_80", 108, 80), ("sm_90", 132, 80), ("sm_100", 148, 180), ("sm_89", 128, 24), ("gfx942", 304, 192)],
+        [
+            (1024, 512, torch.bfloat16, 1_000_000), (256, 128, torch.float32, 100_000),
+            (32, 512, torch.bfloat16, 100_000_000), (1024, 512, torch.bfloat16, 100_000),
+            (16, 8192, torch.bfloat16, 1_000_000),
+        ],
+    ):  # fmt: skip
+        chunk = tiles.default_chunk(tiles.Device(target, processors, memory * 10**9), dtype, n, d, c)
+        tile = tiles.pick_tiles(target, dtype, n, d, chunk, processors)
+        wave = max(1, (tile.programs or 2 * processors) // -(-n // tile.block_n)) * tile.block_c
+        assert chunk % (wave if chunk >= wave else tile.block_c) == 0
+        per_class = (n + 2 * d) * dtype.itemsize
+        most = min(tiles.MOST, memory * 10**9 / tiles.SHARE, max(tiles.LEAST, per_class * c // 4))
+        assert most / 2 < per_class * chunk <= most
 
 
 def test_every_combination_has_a_tile() -> None:

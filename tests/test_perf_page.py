@@ -1,354 +1,180 @@
-"""What a run of the perf suite leaves: data, the page, and how two runs are compared; at tiny sizes."""
+"""The page of a run, the comparison of two runs and README's tables, on results that are made up here."""
 
 from __future__ import annotations
 
-import html.parser
+import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from perf_cases import fp32_line
+from typer.testing import CliRunner
 
-for module in ("pandas", "matplotlib", "tabulate", "typer", "rich", "jinja2"):
-    pytest.importorskip(module, reason=f"{module} is part of the perf extra: pip install -e '.[perf]'")
+from perf.cli import app
+from perf.providers.base import GRAPH, STEP, WHOLE
+from perf.report import compare, page, readme, statistics, terminal
+from perf.suite import results
+from perf.suite.plans import BASELINE
+from perf.suite.results import Results
 
-import pandas as pd  # noqa: E402
-from perf_cases import SMALL, fp32_line  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-from perf import (  # noqa: E402
-    ceilings,
-    compare,
-    findings,
-    grid,
-    machine,
-    noise,
-    readme,
-    report,
-    results,
-)
-from perf.cli import app  # noqa: E402
-from perf.grid import Case  # noqa: E402
-from perf.providers.base import STEP, WHOLE  # noqa: E402
-
-pytestmark = pytest.mark.xdist_group("page")  # the run that most of these look at is made once
+pd = pytest.importorskip("pandas")
+ROOT = Path(__file__).parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CPU = {"cpu": "an abacus", "cores": 2, "caches": {}, "memory_gib": 16.0, "instruction_set": "beads", "torch": "2.13.0",
+       "threads": 2, "date": "2026-12-01", "load_before": 0.1, "device": "cpu", "plan": "default"}  # fmt: skip
+GPU = {**CPU, "device": "cuda", "gpu": "a large GPU", "gpu_memory_gib": 80.0}
+TIMES = {"ours": 1.0, "ours-retain": 0.8, "plain": 2.0, "pml": 3.0}  # of a step, in units of ours
 
 
-# -- a run, and its page -----------------------------------------------------------------------------------------
-
-TINY = ["--classes", "300,2000", "--dim", "16", "--batch", "8", "--threads", "1", "--modes", f"forward,{STEP},{WHOLE}"]
-RUN = [
-    "run",
-    "--tiny",
-    *TINY,
-    "--providers",
-    "ours,ours-retain,ours-in-backward,ours-sampled,ours:retain=0.5,plain,pml",
-]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("reports")
-    before = torch.get_num_threads()
-    done = CliRunner().invoke(app, [*RUN, "--dtype", "fp32,bf16", "--out", str(out)])
-    torch.set_num_threads(before)
-    assert done.exit_code == 0, done.output
-    assert "comparisons with other code" in done.output
-    return out
-
-
-def test_a_run_leaves_data_with_a_schema(written: Path) -> None:
-    found = results.load(written)
-    assert list(found.rows.columns) == list(results.COLUMNS)
-    assert (found.rows["samples"] > 0).all(), found.rows[found.rows["samples"] == 0].to_string()
-    assert (found.rows["wrong"] == "").all(), found.rows["wrong"].unique()
-    assert set(found.rows["provider"]) == set(RUN[-1].split(","))
-    assert {"GEMM", "exp", "copy"} == set(found.ceilings["kind"])
-    for name in ("cpu", "cores", "caches", "torch", "threads", "date", "load_before", "commit", "versions", "budget"):
-        assert name in found.runs["1"]
-    # A row's numbers are those of its samples.
-    row = found.rows[(found.rows["provider"] == "plain") & (found.rows["mode"] == STEP)].iloc[0]
-    assert row["flops"] == 3 * 2 * row["N"] * row["D"] * row["C"]
-    assert row["bytes"] == 3 * row["D"] * row["C"] * (2 if row["dtype"] == "bfloat16" else 4)
-    own = found.samples
-    for name in results.KEY:
-        own = own[own[name] == row[name]]
-    assert own["seconds"].median() == pytest.approx(row["median_s"], rel=1e-4)
+def made(
+    times: dict[str, float] = TIMES, loss: str = "arcface", dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    modes: tuple[str, ...] = (STEP, WHOLE), scatter: float = 0.001, rounds: int = 6, facts: dict[str, Any] = CPU,
+    **changed: Any,
+) -> Results:  # fmt: skip
+    """Steps of 0.123 microseconds a class times `times`; `changed`: columns of all rows but ours."""
+    rows, samples = [], []
+    for dtype, c, mode in itertools.product(dtypes, (10_000, 100_000, 1_000_000), modes):
+        size = {"dtype": dtype, "C": c, "loss": loss, "device": facts["device"]}
+        for name, factor in {**times, BASELINE: 0.3}.items():
+            taken = 1.23e-7 * c * factor
+            line = fp32_line(
+                name, mode, median_s=taken, x_gemm=factor / 0.3, times_ours=factor, work="all classes", run="1",
+                q25_s=taken, q75_s=taken, error_loss=1e-8, error_dx=3e-7, error_dw=4e-7, limit_s=taken / 2,
+                peak_mb=(1e-2 if "ours" in name else 1e-1) * c, beyond_mb=14.3 if "ours" in name else 2e-2 * c,
+            ) | size | (changed if name != "ours" else {})  # fmt: skip
+            rows += [line] if name != BASELINE else []
+            off = 0.0 if name in ("ours", BASELINE) else scatter
+            samples += [
+                {**{key: line[key] for key in results.KEY}, "run": "1", "round": k, "position": "",
+                 "seconds": taken * (1.0 + off * (2 * (k % 2) - 1))}
+                for k in range(rounds)
+            ]  # fmt: skip
+    empty = results.load(Path("/nonexistent"))
+    rows = pd.DataFrame(rows).reindex(columns=list(results.COLUMNS))
+    return empty._replace(rows=rows, samples=pd.DataFrame(samples), runs={"1": facts})
 
 
-def test_a_second_run_measures_only_what_is_missing(written: Path, tmp_path: Path) -> None:
-    out = tmp_path / "copy"
-    shutil.copytree(written, out)
-    before = (out / "results.csv").read_text()
-    assert CliRunner().invoke(app, [*RUN, "--dtype", "fp32,bf16", "--out", str(out)]).exit_code == 0
-    assert (out / "results.csv").read_text() == before
-    more = [*RUN[:-1], "ours,insightface", "--losses", "cosface", "--dtype", "fp32", "--out", str(out)]
-    assert CliRunner().invoke(app, more).exit_code == 0
-    found = results.load(out)
-    assert set(found.runs) == {"1", "2"}
-    assert set(found.rows.loc[found.rows["run"] == "2", "loss"]) == {"cosface"}
-    assert (found.rows["run"] == "1").sum() == len(before.splitlines()) - 1
+def no_samples(found: Results) -> Results:
+    return found._replace(samples=found.samples.iloc[:0])
 
 
-def test_a_longer_budget_tries_again_what_was_left_out(tmp_path: Path) -> None:
-    line = ["run", *TINY, "--classes", "2000", "--modes", STEP, "--providers", "ours,plain", "--out", str(tmp_path)]
-    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert found["note"].str.startswith("one step, the first").all()
-    assert CliRunner().invoke(app, [*line, "--longest", "1e-9"]).exit_code == 0
-    assert set(results.load(tmp_path).runs) == {"1"}
-    assert CliRunner().invoke(app, [*line, "--longest", "100"]).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert (found["note"] == "").all()
-    assert (found["samples"] >= 5).all()
-    assert set(found["run"]) == {"2"}
+def written(folder: Path, found: Results) -> str:
+    return page.write(folder, found).read_text()
 
 
-def test_a_run_that_is_out_of_time_says_what_it_left_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    line = ["run", *TINY, "--classes", "1000,2000", "--modes", STEP, "--providers", "ours,plain", "--out"]
-    line.append(str(tmp_path))
-    assert CliRunner().invoke(app, [*line, "--minutes", "1e-9"]).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert (found["note"] == "not begun: the run's 1e-09 minutes were over").all()
-    assert (found["samples"] == 0).all()
-    assert len(found) == 4
-    assert "not begun: the run" in (tmp_path / "index.html").read_text()
-    assert CliRunner().invoke(app, line).exit_code == 0
-    found = results.load(tmp_path).rows
-    assert (found["note"] == "").all()
-    assert (found["samples"] >= 5).all()
+def first_table(text: str) -> list[list[str]]:
+    lines = re.findall(r"<tr>(.*?)</tr>", text.partition("</table>")[0], re.DOTALL)
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", line) for line in lines]
 
 
-def test_control_c_leaves_a_valid_part(tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "perf", *RUN[:-1], "ours,plain", "--classes", "300,400,500,600,700,800,900,1000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(out)], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
-    )
-    end = time.monotonic() + 120
-    while not (out / "results.csv").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    found = results.load(out)
-    assert len(found.rows) > 0
-    if process.returncode == 130:  # it was not done by then
-        assert "goes on from here" in said
-        assert len(found.rows) < 8 * 6
-        assert "stopped" not in (out / "index.html").read_text()
+def test_the_first_screen_answers_and_the_rest_is_linked(tmp_path: Path) -> None:
+    text = written(tmp_path, made())
+    order = [text.index(f"<{tag}") for tag in ("nav>", 'p class="answer"', "svg ", "table>")]
+    assert order == sorted(order)
+    assert set(re.findall(r'href="#(\w+)"', text)) <= set(re.findall(r'id="(\w+)"', text)), "links lead somewhere"
+    assert not re.search(r'(src|href)="http|@import|url\(http', text), "one file, and nothing to fetch"
+    assert "faster in 24 of 24 comparisons" in text
+    assert "1,000,000 classes, N=256, D=512, float32: 123 ms, 14.3 MB. The fastest other, plain: 246 ms, 20 GB." in text
+    assert len(first_table(text)) == 1 + 6
+    assert {path.name for path in tmp_path.iterdir()} >= {"time.png", "memory.png"}
+    assert "24 of 24" in (tmp_path / "summary.md").read_text()
+    assert str(tmp_path) not in text
 
 
-class Page(html.parser.HTMLParser):
-    """What a browser would look for: pictures, the numbers of the first screen, links."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pictures: list[dict[str, str | None]] = []
-        self.times: list[float] = []
-        self.anchors: set[str] = set()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if tag in ("img", "source"):
-            self.pictures.append(found)
-        if "data-value" in found:
-            self.times.append(float(found["data-value"] or "nan"))
-        if found.get("id"):
-            self.anchors.add(str(found["id"]))
-        if tag == "a":
-            self.links.append(str(found["href"]))
+@pytest.mark.parametrize("theirs", [0.5051, 0.9949, 1.0051, 1.117, 3.3333])
+def test_a_ratio_is_that_of_the_times_beside_it(tmp_path: Path, theirs: float) -> None:
+    """Whatever the median ratio within the rounds: who looks at two times divides them."""
+    shown = page.headline(statistics.find(made({"ours": 1.0, "plain": theirs}, times_ours=theirs * 1.02)))
+    assert len(shown) == 6
+    for row in shown.to_dict("records"):
+        values = [float(row[name].split()[0]) / (1e3 if "ms" in row[name] else 1) for name in ("ours", "fastest other")]
+        assert row["ours is"].startswith(f"{terminal.digits(max(values) / min(values))}x")
+        assert ("faster" in row["ours is"]) == (values[1] >= values[0])
 
 
-def test_the_page_holds_everything_and_says_what_the_csv_says(written: Path) -> None:
-    text = (written / "index.html").read_text()
-    page = Page()
-    page.feed(text)
-    assert len(page.pictures) >= 2 * 5
-    for picture in page.pictures:
-        assert str(picture.get("src") or picture.get("srcset")).startswith("data:image/svg+xml;base64,")
-        assert picture.get("alt") or "srcset" in picture
-    assert "http" not in re.sub(r"data:[^\"]*", "", text), "the page is one file"
-    assert {link.removeprefix("#") for link in page.links} <= page.anchors
-    rows = results.load(written).rows
-    for value in page.times:
-        assert value in [pytest.approx(other) for other in rows["times_ours"]]
-    assert len(page.times) == 4  # two dtypes, two sizes
-    assert str(written) not in text
-    assert os.path.expanduser("~") not in text or os.path.expanduser("~") == "/"
+def verdicts(found: Results) -> dict[str, int]:
+    return statistics.find(found).compared["verdict"].value_counts().to_dict()
 
 
-def browser() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def test_comparisons_beyond_the_noise_are_counted() -> None:
+    two = {"ours": 1.0, "plain": 1.1}
+    assert verdicts(made(two)) == {"faster": 12}
+    assert verdicts(made(two, scatter=0.2)) == {"equal": 12}
+    assert verdicts(made({"ours": 1.0, "plain": 0.5})) == {"slower": 12}
+    assert verdicts(made(two, times_ours=0.97)) == {"equal": 12}, "times and ratios that disagree say nothing"
+    assert verdicts(made(two, rounds=1)) == {}, "one step is no comparison"
+    assert verdicts(made(two, wrong="error of dw")) == {}, "who is wrong is not ranked"
+    found = made(two)
+    found.rows.loc[found.rows["provider"] == "ours", "wrong"] = "error of dw"
+    assert verdicts(found) == {}, "nobody is compared with ours where ours is wrong"
+    assert verdicts(no_samples(made(two))) == {"unknown": 12}
 
 
-@pytest.mark.skipif(browser() is None, reason="needs Chromium")
+def test_a_gpus_folder_without_samples_shows_both_modes_and_claims_no_noise(tmp_path: Path) -> None:
+    found = no_samples(made(modes=(STEP, GRAPH), dtypes=("tf32",), facts=GPU))
+    text = written(tmp_path, found)
+    assert "CUDA graph" in first_table(text)[0]
+    assert "less time in 12 of 12 comparisons" in text
+    assert "Noise was not recorded" in text
+    assert "leave of 80 GiB" in text
+    assert "leave of" not in written(tmp_path, found._replace(runs={"1": {**GPU, "gpu_memory_gib": None}}))
+
+
+@pytest.mark.parametrize("loss", ["cosface", "softmax"])
+def test_a_run_of_another_loss_has_its_tables(tmp_path: Path, loss: str) -> None:
+    text = written(tmp_path, made(loss=loss, modes=(WHOLE,), dtypes=("float32",)))
+    assert f"{loss}, whole step, N=256" in text
+    assert len(first_table(text)) == 1 + 3
+
+
+def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
+    found, note = made(), "out of memory: 9 GB"
+    found.rows.loc[(found.rows["C"] == 1_000_000) & (found.rows["provider"] != "ours"), ["samples", "note"]] = [0, note]
+    text = written(tmp_path, found)
+    assert f"none: {note}" in text
+    assert text.count(note) > 4
+    nothing = found.rows.assign(samples=0, note=note, median_s=math.nan)
+    for rows in (nothing, nothing.iloc[:0]):
+        none = no_samples(found._replace(rows=rows))
+        assert "Nothing could be measured" in written(tmp_path, none)
+        assert page.on_terminal(none)[0][0].startswith("Nothing could be measured")
+    assert "Nothing was compared" in written(tmp_path, made({"ours": 1.0}))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page(written: Path, tmp_path: Path, width: int) -> None:
-    """No picture is broken, nothing is wider than the screen, and the headline's numbers are there to read."""
+def test_a_browser_shows_the_page(tmp_path: Path, width: int) -> None:
+    """Nothing is wider than the screen; the navigation is above the fold, and on a desk the table is too."""
     probe = """<script>addEventListener('load', () => {
-        const broken = [...document.images].filter(image => !image.naturalWidth).length;
+        const end = name => Math.round(document.querySelector(name).getBoundingClientRect().bottom);
+        const empty = [...document.querySelectorAll('svg')].filter(one => !one.clientHeight).length;
         const wide = document.documentElement.scrollWidth - innerWidth;
-        document.title = JSON.stringify({broken, wide, images: document.images.length, errors: window.seen || 0,
-            times: [...document.querySelectorAll('.times')].map(each => each.textContent)});
-    })</script><script>onerror = () => { window.seen = (window.seen || 0) + 1 }</script>"""
-    page = tmp_path / "probed.html"
-    page.write_text((written / "index.html").read_text().replace("</head>", probe + "</head>"))
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--virtual-time-budget=5000",
-    ]
+        parent.postMessage(JSON.stringify({empty, wide, nav: end('nav'), table: end('table')}), '*')
+    })</script>"""
+    (tmp_path / "page.html").write_text(written(tmp_path, made()).replace("</head>", probe + "</head>"))
+    frame = tmp_path / "frame.html"  # a window of a headless browser is never narrower than 500
+    frame.write_text(f"""<title></title><iframe src="page.html" width="{width}" height="800"></iframe>
+        <script>addEventListener('message', event => {{ document.title = event.data }})</script>""")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,900", "--virtual-time-budget=5000"]
     done = subprocess.run(
-        [str(browser()), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        [str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, done.stdout[:500]
     seen = json.loads(title[1].replace("&quot;", '"'))
-    assert seen["broken"] == seen["errors"] == 0
-    assert seen["images"] >= 5
-    assert seen["wide"] <= 0
-    headline = findings.find(results.load(written)).headline
-    assert seen["times"] == [findings.digits(value) for value in headline["times"]]
+    assert seen["wide"] <= 0 == seen["empty"]
+    assert seen["nav"] < 200
+    assert width < 1000 or seen["table"] < 800
 
 
-def test_report_renders_again_from_the_csvs(written: Path) -> None:
-    before = (written / "summary.md").read_text()
-    (written / "summary.md").unlink()
-    assert CliRunner().invoke(app, ["report", "--out", str(written)]).exit_code == 0
-    assert (written / "summary.md").read_text() == before
-    assert "Which setting should I use?" in before
-    assert str(written) not in before
-
-
-def ranked(
-    times: float, wrong: str = "", scatter: float = 0.0, rounds: int = 6, ours_wrong: str = ""
-) -> findings.Findings:
-    lines, samples = [], []
-    for provider, ratio in (("ours", 1.0), ("plain", times)):
-        line = fp32_line(provider, STEP, median_s=ratio, x_gemm=3.0 * ratio, times_ours=ratio, beyond_mb=1.0)
-        lines.append({**line, "work": "all classes", "q25_s": ratio, "q75_s": ratio,
-                      "samples": rounds, "note": "", "run": "1", "limit_s": 0.5,
-                      "wrong": wrong if provider == "plain" else ours_wrong,
-                      "peak_mb": 2.0, "error_dx": 0.0, "error_dw": 0.0, "error_loss": 0.0})  # fmt: skip
-        off = scatter if provider == "plain" else 0.0
-        samples += [{**{name: line[name] for name in results.KEY}, "run": "1", "round": k, "place": "",
-                     "seconds": ratio * (1.0 + off * (2 * (k % 2) - 1))} for k in range(rounds)]  # fmt: skip
-    empty = results.load(Path("/nonexistent"))
-    return findings.find(empty._replace(rows=pd.DataFrame(lines), samples=pd.DataFrame(samples)))
-
-
-def test_the_first_sentence_counts_what_is_beyond_the_noise() -> None:
-    assert findings.sentence(ranked(2.0)).startswith("Ours is faster in 1 of 1")
-    assert "slower in 1" in findings.sentence(ranked(0.5))
-    assert "within the noise in 1" in findings.sentence(ranked(1.1, scatter=0.2))
-    assert len(report.behind(ranked(0.5))) == 1
-    assert report.behind(ranked(0.5))[0]["times"] == 2.0
-
-
-def test_one_step_is_no_comparison() -> None:
-    """A case past the budget was measured once: what its ratio is worth nobody knows, and it says so."""
-    found = ranked(0.5, rounds=1)
-    assert found.counts["measured"] == 2
-    assert found.counts["compared"] == 0
-    assert found.behind.empty
-    assert report.headline_table(found)["its time"].tolist() == ["500 ms (one step)"]
-
-
-def test_nobody_is_compared_with_ours_where_ours_is_wrong() -> None:
-    found = ranked(0.5, ours_wrong="error of dw 1.0e-03 > 2e-05")
-    assert found.counts["compared"] == 0
-    assert found.behind.empty
-
-
-def test_who_is_wrong_is_not_ranked() -> None:
-    found = ranked(0.5, wrong="error of dw 1.0e-03 > 2e-05")
-    assert found.counts["compared"] == 0
-    assert found.headline.empty
-    assert found.behind.empty
-    assert len(found.wrong) == 1
-
-
-def test_growth_is_fitted() -> None:
-    lines = [
-        fp32_line("ours", STEP, median_s=0.01 + 2e-12 * 256 * 512 * c) | {"C": c}
-        for c in (1000, 10_000, 100_000, 1_000_000)
-    ]
-    made = findings.growth(pd.DataFrame(lines)).iloc[0]
-    assert made["a_ms"] == pytest.approx(10.0, rel=1e-6)
-    assert made["b_ps"] == pytest.approx(2.0, rel=1e-6)
-    assert made["typical_error"] < 1e-6
-
-
-def test_ceilings_bound_what_the_work_needs() -> None:
-    rates = [{"kind": "GEMM", "dtype": "float32", "per_second": 1.0}, {"kind": "copy", "dtype": "", "per_second": 1e30}]
-    assert ceilings.limit(Case(SMALL, "ours", STEP), rates) == 3 * SMALL.flops
-    assert ceilings.limit(Case(SMALL, "ours-sampled", STEP), rates) == pytest.approx(0.3 * SMALL.flops)
-    slow = [{**line, "per_second": {"GEMM": 1e30, "copy": 1.0}[line["kind"]]} for line in rates]
-    assert ceilings.limit(Case(SMALL, "plain", WHOLE), slow) == 5 * SMALL.weight_bytes
-    assert ceilings.limit(Case(SMALL, "ours", STEP), []) is None
-
-
-def test_readmes_numbers_are_those_of_the_committed_results() -> None:
-    root = Path(__file__).parent.parent
-    committed = results.load(root / "reports" / "perf")
-    text = (root / "README.md").read_text()
-    gate = json.loads((root / "reports" / "gpu-h200" / "gate.json").read_text())
-    others = readme.elsewhere(root / "reports" / "perf", root)
-    others = {folder: each for folder, each in others.items() if f"\n- [{folder}](" in text}  # not this machine's own
-    assert {"reports/perf-intel-xeon", "reports/perf-amd-epyc"} <= set(others)
-    assert readme.rewritten(text, committed, gate, others) == text, "make readme-numbers"
-    assert "**" in readme.numbers(committed)
-    assert len(committed.rows) > 300
-
-
-def test_readmes_numbers_follow_the_results(written: Path) -> None:
-    found = results.load(written)
-    text = f"before {readme.BEGIN} old {readme.END} after"
-    made = readme.rewritten(text, found)
-    assert made.startswith("before ")
-    assert made.endswith(" after")
-    assert " old " not in made
-    assert "comparisons" in made
-    assert "other machines" not in made
-    (written.parent / f"{written.name}-empty").mkdir(exist_ok=True)
-    assert f"{written.name}-empty" not in readme.elsewhere(written, written.parent)
-    beside = readme.rewritten(text, found, others={"elsewhere": found})
-    assert "On other machines:\n\n- [elsewhere](elsewhere/index.html): " in beside
-    assert beside.count(machine.one_line(next(iter(found.runs.values())))) == 2
-    with pytest.raises(ValueError, match="end of numbers"):
-        readme.rewritten("nothing", found)
-
-
-def test_compiled_code_is_put_beside_both_of_ours() -> None:
-    wanted = {"plain-compiled": (1.2, 1.8, 9.0), "ours-retain": (0.8, 0.9, 1.0), "ours": (1.0, 1.0, 1.0)}
-    lines = [
-        {**fp32_line(provider, STEP, times_ours=value), "C": 1000 * (1 + place), "wrong": ""}
-        for provider, values in wanted.items() for place, value in enumerate(values)
-    ]  # fmt: skip
-    lines[2]["wrong"] = "its dx is off"
-    said = readme.compiled(pd.DataFrame(lines))
-    assert said.endswith(
-        ": ArcFace in float32 1.5 (1.2 to 1.8, 2 sizes), over ours with all logits retained 1.75 (1.5 to 2, 2 sizes)."
-    )
-    assert readme.compiled(pd.DataFrame(lines[3:])) == ""
-
-
-# -- comparing runs ----------------------------------------------------------------------------------------------
-
-
-def slowed(before: results.Results, factor: float, **changed: object) -> results.Results:
+def slowed(before: Results, factor: float, **changed: object) -> Results:
+    """The run as if ours took `factor` times as long."""
     rows, samples = before.rows.copy(), before.samples.copy()
     ours = rows["provider"].str.startswith("ours")
     rows.loc[ours, ["median_s", "x_gemm"]] *= factor
@@ -358,93 +184,96 @@ def slowed(before: results.Results, factor: float, **changed: object) -> results
     return before._replace(rows=rows, samples=samples)
 
 
-def spread(found: results.Results, part: float) -> results.Results:
-    """The run as if its steps had scattered by that part of their time, and nothing else."""
-    samples = found.samples.copy()
-    place = samples["round"] % 2
-    samples["seconds"] = 1.0 + part * (2 * place - 1) * (samples["provider"] != grid.YARDSTICK)
-    return found._replace(samples=samples)
+def noisy(part: float) -> Results:
+    """A run whose steps scatter by that part of their time: every ratio to the baseline does."""
+    found = made()
+    own = found.samples["provider"] != BASELINE
+    found.samples.loc[own, "seconds"] *= 1.0 + part * (2 * (found.samples["round"][own] // 2 % 2) - 1)
+    return found
 
 
-@pytest.fixture
-def steady(written: Path) -> results.Results:
-    return spread(results.load(written), 0.001)
-
-
-def test_a_slowdown_of_fifteen_percent_is_found(steady: results.Results) -> None:
+def test_fifteen_percent_are_found_and_equal_runs_are_equal() -> None:
+    steady = noisy(0.001)
     assert compare.regressions(compare.compare(steady, steady, 0.1), 0.1) == []
     found = compare.compare(steady, slowed(steady, 1.15), 0.1)
-    assert set(found.loc[found["provider"].str.startswith("ours"), "verdict"]) == {"slower"}
-    assert set(found.loc[~found["provider"].str.startswith("ours"), "verdict"]) == {""}
+    own = found["provider"].str.startswith("ours")
+    assert set(found.loc[own, "verdict"]) == {"slower"}
+    assert set(found.loc[~own, "verdict"]) == {""}
     assert any("ours as a whole" in line for line in compare.regressions(found, 0.1))
     faster = compare.compare(steady, slowed(steady, 1 / 1.15), 0.1)
     assert "faster" in set(faster["verdict"])
     assert compare.regressions(faster, 0.1) == []
+    without = no_samples(steady)
+    assert set(compare.compare(without, slowed(without, 1.15), 0.1)["verdict"]) == {"slower", ""}
 
 
-def test_noise_hides_what_it_must(steady: results.Results) -> None:
-    noisy = spread(steady, 0.1)
-    found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
+def test_noise_hides_what_it_must() -> None:
+    found = compare.compare(noisy(0.1), slowed(noisy(0.1), 1.15), 0.1)
     assert set(found["verdict"]) == {""}
     assert any("ours as a whole" in line for line in compare.regressions(found, 0.1)), "many rows see it all the same"
-    noisy = spread(steady, 0.5)
-    found = compare.compare(noisy, slowed(noisy, 1.15), 0.1)
+    found = compare.compare(noisy(0.6), slowed(noisy(0.6), 1.15), 0.1)
     assert compare.regressions(found, 0.1) == [], "not even all of them"
-    assert " 0 of our " in compare.words(found, 0.1)
+    assert "0 of our " in compare.words(found, 0.1)
 
 
-def test_what_fails_now_is_a_regression_and_what_nobody_tried_is_none(steady: results.Results) -> None:
-    gone = slowed(steady, 1.0, samples=0, note="out of memory: 9 GB")
-    bad = compare.regressions(compare.compare(steady, gone, 0.1), 0.1)
-    assert bad
-    assert all("failed: out of memory" in line for line in bad)
-    untried = slowed(steady, 1.0, samples=0, note="not begun: the run's 2 minutes were over")
-    assert compare.regressions(compare.compare(steady, untried, 0.1), 0.1) == []
+def test_a_machine_that_is_slower_as_a_whole_changes_nothing() -> None:
+    rows, samples = made()[:2]
+    drift = samples.assign(seconds=samples["seconds"] * (1 + samples["round"]))
+    for versus in ("ours", BASELINE):
+        assert statistics.bands(rows, drift, versus).max() == statistics.LEAST
 
 
-def test_a_bands_width_is_that_of_the_ratio() -> None:
-    def line(provider: str, number: int, seconds: float, place: str = "") -> dict[str, object]:
-        size = {"loss": "arcface", "dtype": "float32", "N": 1, "D": 1, "C": 1, "device": "cpu"}
-        rest = {"mode": STEP, "run": "1", "round": number, "place": place, "seconds": seconds}
-        return {**size, "provider": provider, **rest}
-
-    # A machine that slows down as a whole scatters times and not ratios.
-    lines = [line(name, k, (1.0 + k) * factor) for k in range(8) for name, factor in (("ours", 1.0), ("plain", 2.0))]
-    assert noise.of_ratios(pd.DataFrame(lines), "ours").tolist() == pytest.approx([0.0, 0.0])
-    lines = [line("ours", k, 1.0) for k in range(8)] + [line("plain", k, 2.0 + k % 2) for k in range(8)]
-    found = noise.of_ratios(pd.DataFrame(lines), "ours")
-    assert found.tolist() == pytest.approx([0.0, 1.2533 / 1.349 / math.sqrt(8) / 2.5])
-    again = [{**each, "run": "2", "seconds": 10.0} for each in lines if each["provider"] == "ours"]
-    both = noise.of_ratios(pd.DataFrame(lines + again), "ours")
-    assert both.xs("1", level="run").tolist() == found.tolist(), "another run's times were not taken in turns"
-    yard = [line("gemm", k, 1.0, "first") for k in range(8)] + [line("gemm", k, 1.0 + 0.1 * (k % 2)) for k in range(8)]
-    assert noise.of_yardstick(pd.DataFrame(yard)) == pytest.approx(1.2533 * 0.1 / 1.349 / math.sqrt(8) / 1.05)
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [({"wrong": "off"}, "wrong"), ({"error_dw": 1.0}, "error"), ({"peak_mb": 1e6}, "memory"),
+     ({"samples": 0, "note": "out of memory: 9"}, "failed: out of memory"), ({"samples": 0, "note": "not begun"}, "")],
+)  # fmt: skip
+def test_what_is_wrong_larger_or_fails_is_a_regression(changed: dict[str, Any], word: str) -> None:
+    bad = compare.regressions(compare.compare(made(), slowed(made(), 1.0, **changed), 0.1), 0.1)
+    assert bool(bad) == bool(word), "what nobody tried is none"
+    assert all(word in line for line in bad)
 
 
-def test_wrong_results_errors_and_memory_are_regressions_too(steady: results.Results) -> None:
-    for changed, word in (({"wrong": "off"}, "wrong"), ({"error_dw": 1.0}, "error"), ({"peak_mb": 1e4}, "memory")):
-        bad = compare.regressions(compare.compare(steady, slowed(steady, 1.0, **changed), 0.1), 0.1)
-        assert bad
-        assert all(word in line for line in bad)
+def test_compare_and_report_commands(tmp_path: Path) -> None:
+    for name, found in {"a": made(), "b": slowed(made(), 1.5), "c": made()._replace(runs={"1": GPU})}.items():
+        results.save(tmp_path / name, found)
+    results.save(tmp_path / "d", made()._replace(rows=made().rows.iloc[1:]))
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    assert CliRunner().invoke(app, ["compare", a, a]).exit_code == 0
+    assert CliRunner().invoke(app, ["compare", a, b]).exit_code == 1
+    assert CliRunner().invoke(app, ["compare", str(tmp_path), a]).exit_code == 2
+    assert "machines: times are comparable" in CliRunner().invoke(app, ["compare", a, c]).output
+    assert "1 cases are not in" in " ".join(CliRunner().invoke(app, ["compare", a, d]).output.split())
+    assert "24 of 24" in CliRunner().invoke(app, ["report", a]).output
 
 
-def test_compare_command(written: Path, tmp_path: Path, steady: results.Results) -> None:
-    results.save(tmp_path / "a", steady)
-    results.save(tmp_path / "b", slowed(steady, 1.5))
-    same = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "a")])
-    assert same.exit_code == 0, same.output
-    assert "two machines" not in same.output
-    slower = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert slower.exit_code == 1
-    assert "slower" in slower.output
-    assert CliRunner().invoke(app, ["compare", str(tmp_path), str(written)]).exit_code == 2
-    other = steady._replace(runs={name: run | {"cpu": "an abacus"} for name, run in steady.runs.items()})
-    results.save(tmp_path / "c", other)
-    said = CliRunner().invoke(app, ["compare", str(tmp_path / "c"), str(tmp_path / "a")]).output
-    assert "two machines" in said
-    assert "an abacus" in said
-    assert "cases are not in" not in said
-    results.save(tmp_path / "d", steady._replace(rows=steady.rows.iloc[1:]))
-    fewer = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "d")])
-    assert "measured 1 cases are not in" in " ".join(fewer.output.split())
-    assert fewer.exit_code == 0
+def test_the_tables_of_readme_and_docs_are_those_of_the_committed_results() -> None:
+    sides = [results.load(ROOT / "reports" / name) for name in ("cpu", "gpu-h200")]
+    assert readme.numbers(*sides) in (ROOT / "README.md").read_text(), "python -m perf readme"
+    for path in (ROOT / "README.md", *ROOT.glob("docs/performance/*.md")):
+        assert readme.rewritten(path.read_text(), *sides, ROOT) == path.read_text(), f"{path}: python -m perf readme"
+    assert 2 * 3 <= sum(line.startswith("|") for line in readme.numbers(*sides).splitlines()) <= 2 * (12 + 2)
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The cells of a Markdown table by the first of their line."""
+    lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines if line}
+
+
+def test_cells_of_readmes_tables_are_the_medians_of_the_csv() -> None:
+    """By a second way: rows of the CSVs picked by hand."""
+    folders = ROOT / "reports/cpu", ROOT / "reports/gpu-h200"
+    cpu, gpu = (pd.read_csv(folder / "results.csv") for folder in folders)
+    _, of_gpu, _, of_cpu = map(cells, readme.numbers(*(results.load(folder) for folder in folders)).split("\n\n"))
+    gpu = gpu.query("N == 1024 and D == 512 and dtype == 'bfloat16' and C == 100000 and loss == 'arcface'")
+    ours = gpu.query("provider == 'ours'").set_index("mode")["median_s"]
+    assert of_gpu["tritonmargin"][3:5] == [f"{1e3 * ours[STEP]:.3g} ms", f"{1e3 * ours[GRAPH]:.3g} ms"]
+    other = gpu.query("provider == 'plain-compiled' and mode == 'forward+backward'").iloc[0]
+    expected = [f"{1e3 * other['median_s']:.3g} ms", f"{other['beyond_mb'] / 1e3:.3g} GB"]
+    assert of_gpu["full logits, torch.compile"][3::2] == expected
+    cpu = cpu.query("N == 256 and D == 512 and dtype == 'float32' and C == 10000 and mode == 'forward+backward'")
+    for title, provider, loss in (("full logits", "plain", "arcface"), ("tritonmargin", "ours", "arcface")):
+        row = cpu.query(f"provider == '{provider}' and loss == '{loss}'").iloc[0]
+        assert of_cpu[title][0].startswith(f"{1e3 * row['median_s']:.3g} ms, ")
+        assert float(of_cpu[title][0].split()[-2]) == pytest.approx(row["beyond_mb"], rel=5e-3)

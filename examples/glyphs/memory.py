@@ -11,7 +11,7 @@ from torch import Tensor
 import tritonmargin as tm
 from examples.glyphs.network import EMBEDDING_DIM, autocast
 from examples.glyphs.recipes import Settings
-from perf.peaks import allocations, peak_without
+from perf.suite.memory import allocations, peak_without
 
 
 def compare(settings: Settings, classes: int, retain_bytes: int) -> dict[str, float]:

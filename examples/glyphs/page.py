@@ -12,7 +12,7 @@ import torch
 
 from examples.glyphs.plots import NAMES
 from examples.glyphs.recipes import TRIED
-from perf.machine import commit
+from perf.suite.machine import commit
 
 TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 

@@ -1,7 +1,7 @@
 """The competitors, found by looking into this folder.
 
 A file names its classes in `PROVIDERS`. A file whose package is not installed is skipped, with the reason. A provider
-with options is also asked for as `name:option=value`, e.g. `ours:retain=0.5`.
+with options is also asked for as `name:option=value`, e.g. `ours:retain=0.5`. `load_file` adds somebody's own class.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import functools
 import importlib
 import json
 import pkgutil
+import runpy
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from perf.providers.base import Provider
+from perf.providers.base import OwnHead, Provider
+from perf.suite.problem import DTYPES, LOSSES
 
 
 class Found(NamedTuple):
@@ -24,18 +27,12 @@ class Found(NamedTuple):
 def discover() -> Found:
     providers: dict[str, type[Provider]] = {}
     skipped: dict[str, str] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
-            continue
+    for file in pkgutil.iter_modules(__path__):
         try:
-            found = importlib.import_module(f"{__name__}.{module.name}").PROVIDERS
+            module = importlib.import_module(f"{__name__}.{file.name}")
+            providers |= {kind.name: kind for kind in getattr(module, "PROVIDERS", ())}  # base.py has none
         except ImportError as error:
-            skipped[module.name] = str(error)
-            continue
-        for provider in found:
-            if provider.name in providers:
-                raise ValueError(f"two providers are called {provider.name!r}")
-            providers[provider.name] = provider
+            skipped[file.name] = str(error)
     return Found(providers, skipped)
 
 
@@ -59,7 +56,6 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def make(name: str) -> Provider:
-    """The provider that `name` asks for."""
     base, options = split(name)
     return discover().providers[base](**options)
 
@@ -71,10 +67,40 @@ def class_of(name: str) -> type[Provider] | None:
 
 def title(name: str) -> str:
     found = class_of(name)
-    settings = name.split(":")[1:]
-    return (found.title if found else name) + "".join(f", {setting}" for setting in settings)
+    return ", ".join([found.title if found else name, *name.split(":")[1:]])
 
 
-def skipped_words(name: str) -> str:
-    """Why a provider is not there: its package is missing. "" if nothing of the kind is known."""
-    return "" if class_of(name) else "; ".join(f"{file}: {why}" for file, why in discover().skipped.items())
+SOURCES: dict[str, str] = {}  # of heads of your own: name -> file.py:Class
+
+
+def load_file(source: str) -> str:
+    """Make the class of `my_head.py:MyHead`, as in base.py, a provider; its name. ValueError says what it lacks."""
+    file, _, class_name = source.rpartition(":")
+    path = Path(file).resolve()
+    if not class_name.isidentifier() or path.suffix != ".py":
+        raise ValueError(f"a head of your own is asked for as file.py:Class, e.g. my_head.py:MyHead, got {source!r}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {file}")
+    source = f"{path}:{class_name}"
+    if known := [name for name, other in SOURCES.items() if other == source]:
+        return known[0]
+    try:
+        content = runpy.run_path(str(path), run_name=path.stem)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    kind = content.get(class_name)
+    if not isinstance(kind, type):
+        classes = [name for name, value in content.items() if isinstance(value, type)]
+        raise ValueError(f"{file} has no class {class_name}; it has {', '.join(classes) or 'none'}")
+    if lacks := [name for name in ("name", "losses", "make", "step") if not hasattr(kind, name)]:
+        raise ValueError(f"{class_name} lacks {', '.join(lacks)}; perf/providers/base.py says what they are")
+    name, dtypes = kind.name, getattr(kind, "dtypes", OwnHead.dtypes)
+    if not isinstance(name, str) or not name or set(name) & set(":,") or name in discover().providers:
+        raise ValueError(f"{class_name}.name must be a new name without ':' and ',', got {name!r}")
+    for what, values, among in (("losses", kind.losses, LOSSES), ("dtypes", dtypes, DTYPES.values())):
+        if not isinstance(values, tuple) or not values or not set(values) <= set(among):
+            raise ValueError(f"{class_name}.{what} must be a tuple of {', '.join(among)}, got {values!r}")
+    own = {"name": name, "title": getattr(kind, "title", name), "losses": kind.losses, "dtypes": dtypes, "kind": kind}
+    discover().providers[name] = type(class_name, (OwnHead,), own)
+    SOURCES[name] = source
+    return name

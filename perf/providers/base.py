@@ -1,29 +1,37 @@
-"""What a competitor has to say for itself."""
+"""What a competitor is: a subclass of `Provider`, or a small class of your own in any file.
+
+A head of your own is measured beside the others with `--provider my_head.py:MyHead` (examples/my_head.py):
+
+    class MyHead:
+        name = "my-head"                # in tables; without ':' and ','
+        losses = ("cosface",)           # what it computes: perf.suite.problem.margin_of has the numbers
+        dtypes = ("float32",)           # optional; default float32, bfloat16, float16
+        title = "my head"               # optional; what tables call it
+
+        def make(self, problem, x, weight, target): ...   # once a size: keep these tensors
+        def step(self): return loss                       # the forward pass: a scalar
+
+x [N, D] and weight [C, D] are leaves that record gradients, target [N] is int64. The suite calls backward, sets the
+gradients to None between steps, and checks loss and gradients against float64 first, like everyone's.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from perf.problem import MOMENTUM, Problem, Tensors
+from perf.suite.problem import MOMENTUM, SAMPLE_RATE, Problem, Tensors
 
 STEP, WHOLE = "forward+backward", "whole step"
+GRAPH, WHOLE_GRAPH = "forward+backward, CUDA graph", "whole step, CUDA graph"
+GRAPHS = {GRAPH: STEP, WHOLE_GRAPH: WHOLE}  # on a GPU: the step is captured once and replayed
 # What is timed. "forward" records for a backward that does not come; "frozen W" is forward and backward without dW;
 # "whole step" is forward, backward and the update of W by SGD with momentum.
-MODES = ("no-grad", "forward", STEP, "frozen W", WHOLE)
-
-
-class Gradients(NamedTuple):
-    """What is compared with float64."""
-
-    loss: Tensor  # []
-    x: Tensor  # [N, D]
-    weight: Tensor  # [C, D], dense
-    class_ids: Tensor | None  # the classes that took part; None: all
+MODES = ("no-grad", "forward", STEP, "frozen W", WHOLE, *GRAPHS)
 
 
 class Provider(ABC):
@@ -32,12 +40,12 @@ class Provider(ABC):
     name: ClassVar[str]  # in CSVs and on the command line
     title: ClassVar[str]  # in tables
     losses: ClassVar[tuple[str, ...]] = ()  # () for what has no loss
-    work: ClassVar[str] = "all classes"  # only equal work is compared; "sampled" walks a tenth of the classes
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    work: ClassVar[str] = "all classes"  # only equal work is compared; "sampled" takes a tenth of the classes
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "tf32")
     modes: ClassVar[tuple[str, ...]] = MODES
     dense_gradient: ClassVar[bool] = True  # whether a step makes C x D numbers of it
     compiles: ClassVar[bool] = False  # whether its first step of a size takes long
-    weight_is_transposed: ClassVar[bool] = False  # [D, C]; `weight_gradient` is [C, D] all the same
+    weight_is_transposed: ClassVar[bool] = False  # [D, C]; `weight_gradient()` is [C, D] all the same
     options: ClassVar[dict[str, Any]] = {}  # and their defaults: `name:option=value` on the command line
 
     def __init__(self, **options: Any) -> None:
@@ -45,8 +53,12 @@ class Provider(ABC):
 
     def supports(self, problem: Problem) -> str | None:
         """Why not, or None if it can run."""
+        if self.work == "sampled" and self.chosen.get("rate", SAMPLE_RATE) * problem.classes <= problem.n:
+            return "the batch has as many classes as the sample"
         if self.losses and problem.loss not in self.losses:
             return f"no {problem.loss}"
+        if problem.dtype == "tf32" and not problem.on_gpu:
+            return "TF32 needs a GPU"
         return None if problem.dtype in self.dtypes else f"no {problem.dtype}"
 
     def gradient_bytes(self, mode: str) -> int:
@@ -56,7 +68,7 @@ class Provider(ABC):
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         """Make what does not belong to a step."""
         self.problem = problem
-        self.x, self.weight, self.target, self.momentum, _ = tensors
+        self.x, self.weight, self.target, self.momentum = tensors
         self.optimizer: torch.optim.Optimizer | None = None
 
     @abstractmethod
@@ -87,23 +99,42 @@ class Provider(ABC):
         self.x.grad = self.weight.grad = None
         self.weight.requires_grad_(mode != "frozen W")
 
-    def gradients(self) -> Gradients:
-        """Of one step, as they come."""
+    def checked_step(self) -> Tensor:
+        """One step, to be compared with float64; its loss. The gradients stay."""
         mode = STEP if STEP in self.modes else WHOLE
         self.reset(mode)
-        loss = self.run(mode)
-        assert self.x.grad is not None
-        return Gradients(loss, self.x.grad, self.weight_gradient(), self.class_ids())
+        return self.run(mode)
 
     def weight_gradient(self) -> Tensor:
-        """Of the last step, [C, D]."""
+        """Of the last step, [C, D], dense."""
         grad = self.weight.grad
-        assert grad is not None
         return grad.to_dense() if grad.is_sparse else grad
 
     def class_ids(self) -> Tensor | None:
         """The classes of the last step, None for all."""
         return None
 
-    def close(self) -> None:  # noqa: B027  most have nothing to do
-        """Let go of processes."""
+
+class OwnHead(Provider):
+    """Somebody's own class, as above, in the terms of the suite; `kind` is that class."""
+
+    kind: ClassVar[type]
+
+    def prepare(self, problem: Problem, tensors: Tensors) -> None:
+        super().prepare(problem, tensors)
+        self.head = self.kind()
+        self.head.make(problem, self.x, self.weight, self.target)
+
+    def forward(self) -> Tensor:
+        loss = self.head.step()
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{self.name}: step() must return the loss, a scalar tensor, and returned {got}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(f"{self.name}: its loss has no gradient; compute it from the x and weight given to make()")
+        return loss
+
+    def weight_gradient(self) -> Tensor:
+        if self.x.grad is None or self.weight.grad is None:
+            raise ValueError(f"{self.name}: x or weight got no gradient; use the tensors given to make(), not copies")
+        return self.weight.grad

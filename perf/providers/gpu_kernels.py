@@ -2,65 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 from torch import Tensor
 
-from perf.problem import Problem, Tensors
 from perf.providers.base import STEP, WHOLE, Provider
+from perf.suite.problem import Problem, Tensors
 
 
 class OnGpu(Provider):
     losses = ("softmax",)
     modes = (STEP, WHOLE)
-    package: str
+    module: str
+    function: str
 
     def supports(self, problem: Problem) -> str | None:
-        if importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        return super().supports(problem) if problem.device.startswith("cuda") else "needs a GPU"
-
-
-class Liger(OnGpu):
-    name, title, package = "liger", "Liger-Kernel fused linear cross-entropy", "liger_kernel"
+        package = self.module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        return super().supports(problem) if problem.on_gpu else "needs a GPU"
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-        self.apply = LigerFusedLinearCrossEntropyFunction.apply
+        found = getattr(importlib.import_module(self.module), self.function)
+        self.apply = getattr(found, "apply", found)
 
     def forward(self) -> Tensor:
         found = self.apply(self.x, self.weight, self.target)
         return found[0] if isinstance(found, tuple) else found
 
 
+class Liger(OnGpu):
+    name, title = "liger", "Liger-Kernel fused linear cross-entropy"
+    module = "liger_kernel.ops.fused_linear_cross_entropy"
+    function = "LigerFusedLinearCrossEntropyFunction"
+
+
 class CutCrossEntropy(OnGpu):
-    name, title, package = "cce", "Cut Cross-Entropy", "cut_cross_entropy"
+    name, title = "cce", "Cut Cross-Entropy"
+    module, function = "cut_cross_entropy", "linear_cross_entropy"
     dtypes = ("bfloat16", "float16")
-
-    def prepare(self, problem: Problem, tensors: Tensors) -> None:
-        super().prepare(problem, tensors)
-        from cut_cross_entropy import linear_cross_entropy
-
-        self.apply = linear_cross_entropy
-
-    def forward(self) -> Tensor:
-        return self.apply(self.x, self.weight, self.target)
 
 
 class Quack(OnGpu):
-    name, title, package = "quack", "quack's chunked linear cross-entropy", "quack"
+    name, title = "quack", "quack's chunked linear cross-entropy"
+    module, function = "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
     dtypes = ("bfloat16", "float16")
-
-    def prepare(self, problem: Problem, tensors: Tensors) -> None:
-        super().prepare(problem, tensors)
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        self.apply = chunked_linear_cross_entropy
-
-    def forward(self) -> Tensor:
-        return self.apply(self.x, self.weight, self.target)
 
 
 PROVIDERS = (Liger, CutCrossEntropy, Quack)

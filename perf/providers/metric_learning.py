@@ -8,8 +8,8 @@ import torch
 from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from torch import Tensor
 
-from perf.problem import SCALE, Problem, Tensors, cosine_of_margin
 from perf.providers.base import Provider
+from perf.suite.problem import MARGINS, SCALE, Problem, Tensors
 
 
 class MetricLearning(Provider):
@@ -18,13 +18,12 @@ class MetricLearning(Provider):
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
-        m = cosine_of_margin(problem.loss)[2]
+        m = MARGINS[problem.loss]
         kind, margin = (ArcFaceLoss, math.degrees(m)) if problem.loss == "arcface" else (CosFaceLoss, m)
         with torch.device("meta"):
             self.head = kind(problem.classes, problem.d, margin=margin, scale=SCALE)
         # [D, C], its own layout, so a copy.
-        self.head.W = torch.nn.Parameter(tensors.weight.detach().t().contiguous())
-        self.weight = self.head.W
+        self.weight = self.head.W = torch.nn.Parameter(tensors.weight.detach().t().contiguous())
         self.momentum = None if tensors.momentum is None else tensors.momentum.view(problem.d, problem.classes)
 
     def forward(self) -> Tensor:

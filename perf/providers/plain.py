@@ -1,39 +1,40 @@
-"""The usual code with full logits."""
+"""Plain torch code with full logits, as its users write it; and the baseline, a product without a loss."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perf.problem import MOMENTUM, SAMPLE_RATE, SCALE, Problem, Tensors, cosine_of_margin
-from perf.providers.base import WHOLE, Gradients, Provider
+from perf.providers.base import STEP, WHOLE, Provider
+from perf.suite.problem import MARGINS, MOMENTUM, SAMPLE_RATE, SCALE, Problem, Tensors
+
+BUFFER = 1 << 17  # classes of the baseline at a time: the buffer is larger than any cache and still not N x C
 
 
-def plain_loss(
-    x: Tensor, weight: Tensor, target: Tensor, loss: str, margin: tuple[float, float, float]
-) -> Tensor:  # margin: cos m, sin m, m
+def plain_loss(x: Tensor, weight: Tensor, target: Tensor, loss: str = "arcface", reduction: str = "mean") -> Tensor:
     """As training repositories write it, in its better form: no arccos, no one-hot mask, float32 logits."""
     if loss == "softmax":
-        return F.cross_entropy(F.linear(x, weight).float(), target)
+        return F.cross_entropy(F.linear(x, weight).float(), target, reduction=reduction)
     cos = F.linear(F.normalize(x), F.normalize(weight)).float().clamp(-1.0, 1.0)
-    own = cos.gather(1, target[:, None])
-    cos_m, sin_m, m = margin
+    own, m = cos.gather(1, target[:, None]), MARGINS[loss]
     if loss == "cosface":
         lowered = own - m
     else:
         sine = (1.0 - own * own).clamp(min=1e-9).sqrt()
-        lowered = own * cos_m - sine * sin_m
-        lowered = torch.where(own > -cos_m, lowered, own - m * sin_m)
-    return F.cross_entropy(SCALE * cos.scatter(1, target[:, None], lowered), target)
+        lowered = own * math.cos(m) - sine * math.sin(m)
+        lowered = torch.where(own > -math.cos(m), lowered, own - m * math.sin(m))
+    return F.cross_entropy(SCALE * cos.scatter(1, target[:, None], lowered), target, reduction=reduction)
 
 
 class Plain(Provider):
     name, title, losses = "plain", "full logits, plain code", ("arcface", "cosface", "softmax")
+    loss_of = staticmethod(plain_loss)
 
     def forward(self) -> Tensor:
-        loss = self.problem.loss
-        return plain_loss(self.x, self.weight, self.target, loss, cosine_of_margin(loss))
+        return self.loss_of(self.x, self.weight, self.target, self.problem.loss)
 
 
 class Compiled(Plain):
@@ -45,11 +46,7 @@ class Compiled(Plain):
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
         torch.compiler.reset()
-        self.compiled = torch.compile(plain_loss)
-        self.numbers = cosine_of_margin(problem.loss)
-
-    def forward(self) -> Tensor:
-        return self.compiled(self.x, self.weight, self.target, self.problem.loss, self.numbers)
+        self.loss_of = torch.compile(plain_loss)
 
 
 class PlainSampled(Provider):
@@ -58,23 +55,16 @@ class PlainSampled(Provider):
     name, title = "plain-sampled", "full logits of a tenth of the classes, plain code"
     losses, work = Plain.losses, "sampled"
     dense_gradient = False
-    modes = ("forward", "forward+backward", WHOLE)
-
-    def supports(self, problem: Problem) -> str | None:
-        if SAMPLE_RATE * problem.classes <= problem.n:
-            return "the batch has as many classes as the sample"
-        return super().supports(problem)
+    modes = ("forward", STEP, WHOLE)
 
     def forward(self) -> Tensor:
         """Positives always, then the classes with the largest random numbers."""
-        classes, count = self.problem.classes, int(SAMPLE_RATE * self.problem.classes)
         with torch.no_grad():
-            drawn = torch.rand(classes, device=self.target.device)
+            drawn = torch.rand(self.problem.classes, device=self.target.device)
             drawn[self.target] = 2.0
-            self.ids = drawn.topk(count).indices.sort().values
+            self.ids = drawn.topk(int(SAMPLE_RATE * self.problem.classes)).indices.sort().values
         self.rows = self.weight.detach()[self.ids].requires_grad_(self.weight.requires_grad)
-        own, loss = torch.searchsorted(self.ids, self.target), self.problem.loss
-        return plain_loss(self.x, self.rows, own, loss, cosine_of_margin(loss))
+        return plain_loss(self.x, self.rows, torch.searchsorted(self.ids, self.target), self.problem.loss)
 
     def update(self) -> None:
         rows = torch.nn.Parameter(self.rows.detach())
@@ -87,14 +77,50 @@ class PlainSampled(Provider):
         self.weight.detach()[self.ids] = rows.detach()
         self.momentum[self.ids] = optimizer.state[rows]["momentum_buffer"]
 
-    def gradients(self) -> Gradients:
-        self.reset("forward+backward")
-        loss = self.run("forward+backward")
-        dense = torch.zeros_like(self.weight)
-        assert self.rows.grad is not None
-        assert self.x.grad is not None
-        dense[self.ids] = self.rows.grad
-        return Gradients(loss, self.x.grad, dense, self.ids)
+    def weight_gradient(self) -> Tensor:
+        return torch.zeros_like(self.weight).index_copy(0, self.ids, self.rows.grad)
+
+    def class_ids(self) -> Tensor | None:
+        return self.ids
 
 
-PROVIDERS = (Plain, Compiled, PlainSampled)
+class InsightFace(Provider):
+    """The formulas of arcface_torch, since 2022-12, around a linear layer.
+
+    Its ArcFace turns all logits into angles and back under no_grad, so the gradient of the target's logit is that of
+    its cosine: another loss than ArcFace's derivative ("arcface-straight-through").
+    """
+
+    name, title, losses = "insightface", "insightface's formulas", ("arcface-straight-through", "cosface")
+
+    def forward(self) -> Tensor:
+        logits = F.linear(F.normalize(self.x), F.normalize(self.weight)).float().clamp(-1.0, 1.0)
+        own, m = (torch.arange(len(self.target), device=self.target.device), self.target), MARGINS[self.problem.loss]
+        if self.problem.loss == "cosface":
+            logits[own] -= m
+        else:
+            with torch.no_grad():
+                logits.arccos_()
+                logits[own] += m
+                logits.cos_()
+        return F.cross_entropy(SCALE * logits, self.target)
+
+
+class Gemm(Provider):
+    """The baseline: one N x D x C product into a buffer that exists."""
+
+    name, title = "gemm", "one N x D x C GEMM"
+    modes = ("no-grad",)
+
+    def prepare(self, problem: Problem, tensors: Tensors) -> None:
+        super().prepare(problem, tensors)
+        shape = problem.n, min(problem.classes, BUFFER)
+        self.out = torch.zeros(shape, dtype=problem.torch_dtype, device=problem.device)  # written, so it is there
+
+    def forward(self) -> Tensor:
+        for rows in self.weight.detach().split(BUFFER):
+            torch.mm(self.x, rows.t(), out=self.out[:, : len(rows)])
+        return self.out
+
+
+PROVIDERS = (Gemm, Plain, Compiled, PlainSampled, InsightFace)

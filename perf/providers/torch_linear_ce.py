@@ -1,6 +1,6 @@
 """`torch.nn.functional.linear_cross_entropy`: linear and cross-entropy, without margin and normalisation.
 
-Without `options` it is those two calls. `LinearCrossEntropyOptions` walks the batch in chunks of rows; its default
+Without `options` it is those two calls. `LinearCrossEntropyOptions` takes the batch in chunks of rows; its default
 (`chunking_method="auto"`) makes the chunk's logits as large as the input, which at C >> N is one row a chunk. The third
 row gives it a chunk size that suits many classes better.
 """
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perf.problem import Problem
 from perf.providers.base import STEP, WHOLE, Provider
+from perf.suite.problem import Problem
 
 if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
     raise ImportError(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
@@ -21,16 +21,10 @@ if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossE
 class LinearCrossEntropy(Provider):
     name, title = "torch-lce", "F.linear_cross_entropy"
     losses = ("softmax",)
-    chunk_rows: int | None = None
-    chunked = False
+    chunking: torch.nn.LinearCrossEntropyOptions | None = None
 
     def forward(self) -> Tensor:
-        options = None
-        if self.chunked and self.chunk_rows is None:
-            options = torch.nn.LinearCrossEntropyOptions()
-        elif self.chunked:
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk_rows)
-        return F.linear_cross_entropy(self.x, self.weight, self.target, options=options)
+        return F.linear_cross_entropy(self.x, self.weight, self.target, options=self.chunking)
 
 
 class Chunked(LinearCrossEntropy):
@@ -38,12 +32,12 @@ class Chunked(LinearCrossEntropy):
 
     name, title = "torch-lce-chunked", "F.linear_cross_entropy, its default chunking"
     modes = (STEP, WHOLE)
-    chunked = True
+    chunking = torch.nn.LinearCrossEntropyOptions()
 
 
 class ChunkedByHand(Chunked):
     name, title = "torch-lce-rows64", "F.linear_cross_entropy, batch_chunk_size=64"
-    chunk_rows = 64
+    chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=64)
 
     def supports(self, problem: Problem) -> str | None:
         return super().supports(problem) or ("the batch is one chunk" if problem.n <= 64 else None)

@@ -1,7 +1,7 @@
 """Sizes of the Triton kernels' blocks and chunks: pure functions of what is computed and where.
 
-The tiles themselves are data, `tiles.json`, each with its evidence. `python -m perf tune` writes it, from a search over
-compiled variants ranked by a static model; on a GPU, by the clock.
+The tiles are data, `tiles.json`, each with its evidence, measured or predicted. `python -m perf tune --device
+cuda` writes them, by the clock, from what compiles without spills.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def by_library(dtype: torch.dtype, precision: str) -> bool:
     """Whether torch makes the product (on a GPU by cuBLAS or hipBLASLt), and the kernel what follows from it.
 
     No matrix unit multiplies float32 as it is, and kernels of Triton are slow at it without one: on an H200 a step with
-    products of ours took 21.7 ms where full logits with cuBLAS's took 11.7 (reports/gpu-h200/first, C = 100,000).
+    products of ours took 21.7 ms where full logits with cuBLAS's took 11.7 (reports/gpu-h200/README.md, C = 100,000).
     """
     return dtype == torch.float32 and precision == "ieee"
 
@@ -101,7 +101,7 @@ def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: i
 def row_block(d: int) -> tuple[int, int, int]:
     """Rows, columns and warps of the row-wise kernels: whole rows, about 2048 numbers at a time.
 
-    The audit compiles them with every share asked for, and an update (reports/kernels_epilogues.csv).
+    The audit compiles them with every share asked for, and an update (reports/kernels.csv).
     """
     block_d = max(16, next_power(d))
     return max(1, 2048 // block_d), block_d, min(32, max(4, block_d // 512))

@@ -1,0 +1,153 @@
+"""What a training step on a GPU costs the CPU: launches, operations of torch, and the time to dispatch them.
+
+ttsem takes the place of the GPU, and no launch runs. An operation counts once, whatever it calls in turn. Labels are
+looked at in an op of the library, where ttsem is off: these are some operations more than on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import time
+import timeit
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import torch
+
+import tritonmargin as tm
+from perf.suite.memory import quiet_stderr
+
+WAITING = {"item", "is_nonzero", "_local_scalar_dense"}
+VIEWS = {
+    "view", "_unsafe_view", "view_as", "reshape", "_reshape_alias", "expand", "expand_as", "slice", "select", "narrow",
+    "unsqueeze", "squeeze", "t", "T", "mT", "transpose", "permute", "detach", "detach_", "alias", "as_strided",
+    "unbind", "split", "chunk", "set_", "lift_fresh", "is_same_size", "is_pinned", "result_type", "promote_types",
+    "resolve_conj", "resolve_neg", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+    "_sparse_coo_tensor_unsafe", "_sparse_coo_tensor_with_dims_and_tensors", *WAITING,
+}  # fmt: skip
+CONVERSIONS = {"to": "aten::_to_copy", "contiguous": "aten::clone"}  # and what they call if something is to be done
+
+
+class OwnMargin(tm.Margin):
+    """As a user writes one: the kernels know no formula of it."""
+
+    def target_cosine(self, cos: torch.Tensor) -> torch.Tensor:
+        return cos - 0.2 * (1 + cos)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "arcface": {},
+    "arcface, 4 chunks": {"chunks": 4},
+    "cosface": {"margin": tm.CosFace},
+    "softmax": {"margin": tm.Softmax},
+    "arcface, float32 W under autocast": {"dtype": torch.float32},
+    "arcface, a tenth sampled": {"classes": 2560, "sample_rate": 0.1, "sparse_grad": True},
+    "arcface, RowSGD in backward": {"in_backward": True},
+    "arcface, a tenth sampled, RowSGD in backward": {"classes": 2560, "sample_rate": 0.1, "in_backward": True},
+    "a user's own margin": {"margin": OwnMargin},
+    "arcface, label smoothing 0.1": {"label_smoothing": 0.1},
+}
+
+
+def step_of(
+    device: str, n: int, d: int, margin: type[tm.Margin] = tm.ArcFace, classes: int = 256, chunks: int = 1,
+    in_backward: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any,
+) -> Callable[[], None]:  # fmt: skip
+    """A training step as a user writes it, to be called again and again."""
+    options["chunk_bytes"] = classes // chunks * (n + 2 * d) * 4
+    head = tm.MarginSoftmaxLoss(d, classes, margin(), device=device, dtype=dtype, **options)
+    x = torch.randn(n, d, device=device).to(dtype).requires_grad_()
+    y = torch.randint(classes, (n,), device=device)
+    optimizer = tm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
+    if in_backward:
+        head.update_in_backward(optimizer)
+
+    def step() -> None:
+        x.grad = head.weight.grad = None
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            loss = head(x, y)
+        loss.backward()
+        if in_backward:
+            optimizer.step()
+
+    return step
+
+
+def recorded(step: Callable[[], object]) -> list[Any]:
+    """The profiler's events of a step."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with quiet_stderr(), torch.profiler.profile(activities=cpu, record_shapes=True) as record:
+        step()
+    return list(record.events())
+
+
+def operations(events: list[Any]) -> Iterator[bool]:
+    """Of each outermost operation among the events, whether it starts work on the device: else it is a view."""
+    for event in events:
+        name = event.name.removeprefix("aten::")
+        if name == event.name:
+            yield from operations(event.cpu_children)
+        elif name in CONVERSIONS:
+            yield CONVERSIONS[name] in {child.name for child in event.cpu_children}
+        else:
+            yield name not in VIEWS
+
+
+def no_launches(launched: list[Any]) -> Any:
+    """Inside, every launch is an entry of the list. None runs: no operation of a step depends on a value."""
+    from triton.runtime.jit import JITFunction
+
+    return mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel))
+
+
+def count_all() -> dict[str, dict[str, int]]:
+    from perf.kernels.ttsem import played
+
+    def is_gpu(device: object) -> bool:  # ttsem's own prints whatever it looks at, tensors too
+        return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+    found, launched, looking = {}, [], mock.patch("ttsem.sanitize._is_cuda", is_gpu)
+    with played(90), looking, no_launches(launched), tm.use_backend("triton"):
+        for name, case in CASES.items():
+            step = step_of("cuda", 64, 512, **case)
+            step()
+            launched.clear()
+            working = list(operations([event for event in recorded(step) if event.cpu_parent is None]))
+            found[name] = {"launches": len(launched), "device": sum(working), "views": len(working) - sum(working)}
+    return found
+
+
+def counts() -> dict[str, dict[str, int]]:
+    """Of every case, in a process of its own, as some of ttsem's answers stay in torch.cuda."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(count_all)
+
+
+def host_time(case: dict[str, Any]) -> int:
+    """Microseconds of a step whose launches are stubbed, on so few numbers that little but dispatching is left.
+
+    On CPU tensors and without ttsem: the backend takes them where kernels are interpreted, and here none is launched.
+    """
+    from perf.kernels.compile import compiling_for
+
+    interpreted = mock.patch.dict(os.environ, TRITON_INTERPRET="1")
+    with interpreted, compiling_for("sm_90"), no_launches([]), tm.use_backend("triton"):
+        times = timeit.repeat(step_of("cpu", 4, 16, **case), number=1, repeat=50, timer=time.thread_time)
+    return round(1e6 * min(times))
+
+
+def table() -> pd.DataFrame:
+    return pd.DataFrame([{"step": name, **each, "host_us": host_time(CASES[name])} for name, each in counts().items()])
+
+
+def missing() -> str:
+    """Why steps on a GPU cannot be counted; empty if they can."""
+    from perf.kernels.ttsem import MISSING
+
+    if importlib.util.find_spec("ttsem") and importlib.util.find_spec("triton"):
+        return ""
+    return f"steps on a GPU are not counted: {MISSING.replace('[', '[ ')}"  # rich takes "[kernels]" for markup

@@ -1,0 +1,112 @@
+"""The tables of README.md and docs/performance, from the committed results: `python -m perf readme` writes them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from math import nan
+from pathlib import Path
+from types import SimpleNamespace as Row
+from typing import Any
+
+import pandas as pd
+
+from perf.providers.base import GRAPH, GRAPHS, STEP, WHOLE
+from perf.report.statistics import cost, pivot, right
+from perf.report.terminal import markdown, megabytes, seconds
+from perf.suite.results import Results
+
+MARKS = re.compile(r"(<!-- (?:table: |(?=numbers ))([a-z-]+) -->).*?(<!-- end of (?:numbers|table) -->)", re.DOTALL)
+CHUNKS = {"chunk": "classes in a chunk (0: the library's choice)", "milliseconds": "launched, ms",
+          "milliseconds_in_a_graph": "CUDA graph, ms", "beyond_mb": "memory, MB"}  # fmt: skip
+# Title, provider, mode, loss: the lines of both tables, as far as they were measured.
+ROWS = [
+    ("**tritonmargin**", "ours", STEP, "arcface"), ("all logits retained", "ours-retain", STEP, "arcface"),
+    ("a tenth of the classes", "ours-sampled", STEP, "arcface"),
+    ("W updated in backward", "ours-in-backward", WHOLE, "arcface"),
+    ("full logits", "plain", STEP, "arcface"), ("full logits, torch.compile", "plain-compiled", STEP, "arcface"),
+    ("pytorch-metric-learning", "pml", STEP, "arcface"), ("**no margin: tritonmargin**", "ours", STEP, "softmax"),
+    ("no margin: full logits", "plain", STEP, "softmax"),
+    ("no margin: full logits, torch.compile", "plain-compiled", STEP, "softmax"),
+    ("no margin: F.linear_cross_entropy", "torch-lce", STEP, "softmax"),
+    ("no margin: Cut Cross-Entropy", "cce", STEP, "softmax"), ("no margin: Liger-Kernel", "liger", STEP, "softmax"),
+]  # fmt: skip
+CPU_SIZES = [("float32", 256, 10_000), ("float32", 256, 100_000), ("float32", 256, 131_072),
+             ("bfloat16", 256, 131_072), ("bfloat16", 32, 1_000_000)]  # fmt: skip
+GPU_SIZES = [("bfloat16", 1024, 1_000_000), ("bfloat16", 1024, 100_000)]
+D = 512
+
+
+def numbers(cpu: Results, gpu: Results) -> str:
+    """The two tables of README, each below a line about its machine and sizes."""
+    g, c = (list(each.runs.values())[-1] for each in (gpu, cpu))
+    about = f"D={D}, forward and backward, medians; memory beyond W and its gradient"
+    return "\n\n".join([
+        f"{g['gpu']}, torch {g['torch']}, {g['date']}; bfloat16, N=1024, {about}:", markdown(gpu_table(gpu)),
+        f"{c['cpu']}, {c['cores']} cores, torch {c['torch']}, {c['date']}; {about}:", markdown(cpu_table(cpu)),
+    ])  # fmt: skip
+
+
+def cpu_table(cpu: Results) -> pd.DataFrame:
+    def cells(rows: Any, *what: str) -> Iterable[str]:
+        return (cost(row.median_s, row.beyond_mb, row.samples) for row in (rows[(*what, *size)] for size in CPU_SIZES))
+
+    return filled(cpu, [f"{dtype}, N={n}, C={c:,}" for dtype, n, c in CPU_SIZES], cells)
+
+
+def gpu_table(gpu: Results) -> pd.DataFrame:
+    """Three columns for each number of classes."""
+    graphs = {mode: graph for graph, mode in GRAPHS.items()}
+
+    def cells(rows: Any, provider: str, mode: str, loss: str) -> Iterable[str]:
+        for size in GPU_SIZES:
+            launched, graph = (rows[(provider, each, loss, *size)] for each in (mode, graphs[mode]))
+            yield from (seconds(launched.median_s), seconds(graph.median_s), megabytes(launched.beyond_mb))
+
+    names = [f"C={c:,}, {kind}" for *_, c in GPU_SIZES for kind in ("launched", "CUDA graph", "memory")]
+    return filled(gpu, names, cells)
+
+
+def filled(results: Results, names: list[str], cells: Callable[..., Iterable[str]]) -> pd.DataFrame:
+    """A line for each of ROWS that has a number."""
+    rows: dict[tuple[Any, ...], Any] = defaultdict(lambda: Row(median_s=nan, beyond_mb=nan, samples=0))
+    for row in right(results.rows[results.rows["D"] == D]).itertuples():
+        rows[row.provider, row.mode, row.loss, row.dtype, row.N, row.C] = row
+    lines = [[title, *cells(rows, *what)] for title, *what in ROWS]
+    return pd.DataFrame([line for line in lines if any(line[1:])], columns=["", *names])
+
+
+def sizes(results: Results, modes: list[str], said: Callable[[pd.DataFrame], Iterable[str]]) -> pd.DataFrame:
+    """A line for each size at this width, a column for each code."""
+    rows = right(results.rows[results.rows["mode"].isin(modes) & (results.rows["D"] == D)])
+    rows = rows[rows["loss"].isin(["arcface", "softmax"])].sort_values(["loss", "dtype", "N", "C"], kind="stable")
+    rows["line"] = [f"{row.loss}, {row.dtype}, N={row.N}, C={row.C:,}" for row in rows.itertuples()]
+    return pivot(rows, rows["title"] + [", CUDA graph" * (mode in GRAPHS) for mode in rows["mode"]], said(rows), "line")
+
+
+def rewritten(text: str, cpu: Results, gpu: Results, root: Path) -> str:
+    """The text with everything between its marks replaced."""
+    tables = {
+        "numbers": lambda: numbers(cpu, gpu),
+        "cpu-sizes": lambda: markdown(sizes(cpu, [STEP], lambda rows: rows["median_s"].map(seconds))),
+        "cpu-memory": lambda: markdown(sizes(cpu, [STEP], lambda rows: rows["beyond_mb"].map(megabytes))),
+        "cpu-steps": lambda: markdown(sizes(cpu, [WHOLE], lambda rows: map(cost, rows["median_s"], rows["peak_mb"]))),
+        "gpu-sizes": lambda: markdown(sizes(gpu, [STEP, GRAPH], lambda rows: rows["median_s"].map(seconds))),
+        "gpu-chunks": lambda: markdown(
+            pd.read_csv(root / "reports/gpu-h200/chunks.csv").rename(columns=CHUNKS)[[*CHUNKS.values()]]
+        ),
+    }
+    return MARKS.sub(lambda found: f"{found[1]}\n\n{tables[found[2]]()}\n\n{found[3]}", text)
+
+
+def write(path: Path, cpu: Results, gpu: Results) -> bool:
+    """Whether README or a page of docs/performance changed; ValueError for nothing to write, or nowhere."""
+    if not MARKS.search(path.read_text()) or not (cpu.runs and gpu.runs):
+        raise ValueError(f"no <!-- numbers --> ... <!-- end of numbers --> in {path}, or no results to write there")
+    pages = [path, *path.parent.glob("docs/performance/*.md")]
+    texts = {page: rewritten(page.read_text(), cpu, gpu, path.parent) for page in pages}
+    changed = [page for page in pages if page.read_text() != texts[page]]
+    for page in changed:
+        page.write_text(texts[page])
+    return bool(changed)

@@ -1,0 +1,236 @@
+"""Which cases are measured: sizes x providers x modes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from perf.providers import class_of, split
+from perf.providers.base import GRAPH, GRAPHS, MODES, STEP, WHOLE, WHOLE_GRAPH
+from perf.suite.problem import DTYPES, LOSSES, Problem
+
+BASELINE = "gemm"
+PEERS = ("plain", "plain-compiled", "pml", "insightface", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
+ON_GPU = ("ours-torch", "liger", "cce", "quack")
+OURS = ("ours", "ours-retain", "ours-in-backward", "ours-sampled")
+EVERYONE = (*OURS, *PEERS, "plain-sampled")
+COMMON = ("forward", STEP, WHOLE)
+
+KEY = ["loss", "dtype", "N", "D", "C", "device", "provider", "mode"]
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    problem: Problem
+    provider: str
+    mode: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What names the case in results, in the order of KEY."""
+        p = self.problem
+        return p.loss, p.dtype, p.n, p.d, p.classes, p.device, self.provider, self.mode
+
+    @property
+    def offered(self) -> bool:
+        """Whether the provider has the loss, dtype and mode; one that is not installed is left in, to say so."""
+        kind, p = class_of(self.provider), self.problem
+        if not p.on_gpu and (p.dtype == "tf32" or self.mode in GRAPHS):
+            return False
+        return kind is None or (p.loss in kind.losses and p.dtype in kind.dtypes and self.mode in kind.modes)
+
+
+class Budget(NamedTuple):
+    """How long a case may take."""
+
+    rounds: int  # at least that many rounds ...
+    most: int  # ... and at most that many;
+    seconds: float  # between the two, none begins after a case has run that long
+    longest: float  # seconds of a step; a case that is predicted to take longer is left out and says so
+    patience: float = math.inf  # seconds that a case may run for the rounds that it gets at least; three it always gets
+    minutes: float = math.inf  # of the run; a size that would begin later is left to the next run, and says so
+
+    def another(self, number: int, spent: float) -> bool:
+        """Whether a case that has run for `spent` seconds takes part in round `number`, counted from 0."""
+        if number < self.rounds:
+            return number < 3 or spent < self.patience
+        return spent < self.seconds
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination."""
+
+    classes: tuple[int, ...] = (10_000, 100_000)
+    dims: tuple[int, ...] = (512,)
+    batches: tuple[int, ...] = (256,)
+    dtypes: tuple[str, ...] = ("float32",)
+    losses: tuple[str, ...] = ("arcface",)
+    providers: tuple[str, ...] = EVERYONE
+    modes: tuple[str, ...] = COMMON
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, known in (("losses", LOSSES), ("modes", MODES), ("dtypes", DTYPES.values())):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name} are among {', '.join(known)}, got {value!r}")
+        for name in ("classes", "dims", "batches"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def cases(self) -> list[Case]:
+        every = itertools.product(self.losses, self.dtypes, self.dims, self.classes, self.batches)
+        problems = [Problem(n, d, c, dtype, self.device, loss) for loss, dtype, d, c, n in every]
+        cases = itertools.starmap(Case, itertools.product(problems, self.providers, self.modes))
+        return [case for case in cases if case.offered]
+
+    def able(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of them who offer a case."""
+        return tuple(name for name in names if replace(self, providers=(name,)).cases())
+
+
+def custom_grid(**given: Any) -> Grid:
+    """A grid from the command line: any fields of Grid, whose defaults stand for what is not given (or empty)."""
+    given = {name: value for name, value in given.items() if value}
+    if "dtypes" in given:
+        given["dtypes"] = tuple(DTYPES.get(name, name) for name in given["dtypes"])
+    grid = Grid(**given)
+    for name in grid.providers:
+        split(name)  # ValueError for one that does not exist
+    return grid if "providers" in given else replace(grid, providers=grid.able(EVERYONE) or EVERYONE)
+
+
+class Plan(NamedTuple):
+    grids: tuple[Grid, ...]
+    budget: Budget
+    in_order: bool = False  # as the grids are written, instead of small sizes first
+
+    def limited(self, longest: float | None, minutes: float | None) -> Plan:
+        given = {"longest": longest, "minutes": minutes}
+        return self._replace(budget=self.budget._replace(**{k: v for k, v in given.items() if v is not None}))
+
+    def on(self, device: str, others: bool = True) -> Plan:
+        """The plan on another device; there with those that run there alone, unless somebody chose who runs."""
+        grids = []
+        for grid in self.grids:
+            if device == "cpu" and grid.device != device:
+                raise ValueError("this plan needs --device cuda")
+            moved = replace(grid, device=device)
+            if others and grid.device != device:  # sweeps of our settings are a CPU's alone
+                own = tuple(name for name in grid.providers if ":" not in name)
+                moved = replace(moved, providers=(*own, *moved.able(ON_GPU)))
+            grids.append(moved)
+        return self._replace(grids=tuple(grids))
+
+    def with_providers(self, names: tuple[str, ...]) -> Plan:
+        grids = [replace(grid, providers=tuple(dict.fromkeys([*grid.providers, *names]))) for grid in self.grids]
+        return self._replace(grids=tuple(grids))
+
+    def check(self) -> None:
+        """ValueError for a provider that was chosen and can do nothing of what is asked, or if nobody can."""
+        can = {case.provider for grid in self.grids for case in grid.cases()}
+        for grid in self.grids:
+            anyone = can and set(PEERS) <= set(grid.providers)  # those of them who can
+            for name in set(grid.providers) - can - set(EVERYONE if anyone else ()):
+                kind, parts = class_of(name), ("losses", "dtypes", "modes")
+                asked, has = ("; ".join(", ".join(getattr(each, part)) for part in parts) for each in (grid, kind))
+                needs_gpu = grid.device == "cpu" and {"tf32", *GRAPHS} & {*grid.dtypes, *grid.modes}
+                gpu = "; TF32 and CUDA graphs need a GPU" if needs_gpu else ""
+                raise ValueError(f"{name} can do nothing of what is asked ({asked}): it does {has}{gpu}")
+
+    def blocks(self) -> dict[Problem, list[Case]]:
+        """The cases of a size together, small sizes first: what is known of them says what large ones will take."""
+        cases = list(dict.fromkeys(case for grid in self.grids for case in grid.cases()))
+        blocks: dict[Problem, list[Case]] = {}
+        for case in cases if self.in_order else sorted(cases, key=lambda case: case.problem.flops):
+            blocks.setdefault(case.problem, []).append(case)
+        return blocks
+
+
+BOTH = ("float32", "bfloat16")
+# The effect of a setting, one at a time.
+CHUNKS = tuple(f"ours:chunk_bytes={1 << power}" for power in range(18, 28, 2))
+RETAINED = tuple(f"ours:retain={part}" for part in (0.25, 0.5, 0.75))
+RATES = tuple(f"ours-sampled:rate={rate}" for rate in (0.01, 0.03, 0.3))
+SWEEPS = Grid((100_000,), providers=("ours", *CHUNKS, *RETAINED, *RATES), modes=(WHOLE,))
+LINEAR = Grid((10_000, 100_000, 300_000, 1_000_000), (128,), providers=("ours", "plain"), modes=(STEP,))
+SOFTMAX = ("ours", "ours-in-backward", "plain", "torch-lce", "torch-lce-chunked", "torch-lce-rows64")
+MANY = (10_000, 100_000, 1_000_000)
+ALL = (*MANY, 4_000_000)
+TARGETS = Grid((131_072,), (512,), (32, 256), BOTH, providers=("ours", "ours-retain", "plain", "pml"), modes=MODES)
+LARGE_BATCH = Grid((32_768,), (512,), (2048,), BOTH, providers=("ours", "ours-retain", "plain"), modes=(STEP,))
+OTHER_LOSSES = Grid((131_072,), (512,), (256,), BOTH, ("cosface", "arcface-straight-through"),
+                    ("ours", "plain", "pml", "insightface"), (STEP,))  # fmt: skip
+
+
+def gpu(sizes: Any, loss: str, modes: tuple[str, ...], *providers: str) -> Grid:
+    return Grid(*sizes, (loss,), providers, modes, "cuda")
+
+
+def face(*sizes: Any, compiled: tuple[str, ...] = ()) -> list[Grid]:
+    """What a person with a GPU asks first."""
+    return [
+        gpu(sizes, "arcface", (STEP, GRAPH), "ours"),
+        gpu(sizes, "arcface", (STEP,), "ours-retain", "plain", "pml", *compiled),
+        gpu(sizes, "arcface", (WHOLE, WHOLE_GRAPH), "ours-sampled"),
+        gpu(sizes, "arcface", (WHOLE,), "plain-sampled", "ours", "ours-in-backward", "plain"),
+        gpu(sizes, "softmax", (STEP, GRAPH), "ours"),
+        gpu(sizes, "softmax", (STEP,), "plain", "torch-lce", *FUSED, *compiled),
+    ]
+
+
+# Its first four sizes take about five minutes on an H200: torch.compile and the first compilation of every kernel are
+# most of that, a step of ours takes 1 to 12 ms there.
+FUSED, BF16 = ("cce", "liger", "quack"), ("bfloat16",)
+SIZES = (1_000_000, 100_000, 4_000_000, 10_000), (512, 128), (1024, 256, 32)
+ON_H200 = (
+    *face((100_000, 1_000_000), (512,), (1024,), BF16, compiled=("plain-compiled",)),
+    *face((100_000,), (512,), (1024,), ("tf32", "float16", "float32")),
+    gpu((*SIZES, BF16), "arcface", ("forward", STEP, WHOLE), "ours", "plain", "pml", "ours-in-backward"),
+    gpu((*SIZES, BF16), "softmax", (STEP,), "ours", "plain", *FUSED),
+    gpu((*SIZES, (*BF16, "float32")), "arcface", (STEP, GRAPH), "ours"),
+    gpu((*SIZES, ("float32",)), "arcface", (STEP,), "plain", "pml", "ours-torch"),
+)
+
+PLANS = {
+    "tiny": Plan(
+        (Grid((300, 2000), (16,), (8,), BOTH, ("arcface", "softmax"), (*EVERYONE, "ours:retain=0.5"), MODES),),
+        Budget(2, 2, 0.0, 5.0),
+    ),
+    "quick": Plan(
+        (
+            Grid((10_000, 100_000), (128,), providers=("ours", "plain"), modes=(STEP,)),
+            Grid((32_768,), (512,), (256,), ("bfloat16",), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
+            Grid((131_072,), (512,), (32,), providers=("ours", "plain"), modes=(STEP,)),
+            Grid((131_072,), (512,), (256,), losses=("softmax",), providers=("ours", "torch-lce"), modes=(STEP,)),
+            Grid((131_072,), (512,), (256,), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
+            Grid((131_072,), (512,), (256,), providers=("ours",), modes=("forward",)),
+            Grid((131_072,), (512,), (256,), providers=("ours", "ours-in-backward", "ours-sampled"), modes=(WHOLE,)),
+        ),
+        Budget(5, 5, 0.0, 6.0, patience=4.0, minutes=2.5),
+    ),
+    "default": Plan(
+        (
+            TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
+            Grid(MANY, (512,), (32, 256), BOTH,
+                 providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
+            Grid((131_072,), (512,), (256,), BOTH, ("softmax",), (*SOFTMAX, "ours-retain", "plain-compiled"), (STEP,)),
+            Grid((10_000, 100_000, 131_072), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
+        ),
+        Budget(5, 8, 1.0, 5.0, patience=6.0, minutes=26.0),
+    ),
+    # No public table of fused softmax cross-entropy has D = 512 and C >= 10^6.
+    "full": Plan(
+        (
+            TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
+            Grid(ALL, (128, 512), (32, 256, 1024), BOTH),
+            Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
+            Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("softmax",), (*SOFTMAX, "plain-compiled")),
+        ),
+        Budget(5, 15, 1.0, 10.0, patience=12.0),
+    ),
+    "gpu": Plan(ON_H200, Budget(3, 5, 0.3, 2.0, minutes=30.0), in_order=True),
+}  # fmt: skip
