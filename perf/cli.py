@@ -32,7 +32,6 @@ app = typer.Typer(
 UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer carry themselves
 LOCAL, REPORTS = Path("perf-results"), Path("reports")
 
-Reports = Annotated[Path, typer.Option(help="folder of the CSVs and tables")]
 Device = Literal["cpu", "cuda"]
 
 
@@ -162,11 +161,9 @@ def run(
         loaded(folder)
     if held := results.another_machine(folder, facts):
         raise typer.BadParameter(f"{folder} holds results of another machine ({held}): choose another folder, --out")
-    console.print(machine.one_line(facts), highlight=False)
+    console.print(machine.one_line(facts))
     if facts["load_before"] and facts["load_before"] > 0.5:
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
-    for file, why in found_providers.discover().skipped.items():
-        console.print(f"[yellow]skipped {file}: {why}")
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
         signal.signal(stop, signal.default_int_handler)
     stopped = False
@@ -175,28 +172,23 @@ def run(
             runner.run_plan(chosen, folder, facts, fresh, progress)
         except KeyboardInterrupt:
             stopped = True
-    if stopped and not (folder / "results.csv").exists():
-        console.print("stopped before anything was measured", highlight=False)
-    else:
-        write_page(folder, "stopped; the same command goes on from here. " if stopped else "")
+    if (folder / "results.csv").exists():
+        report(folder)
+    if stopped:
+        console.print("stopped; the same command goes on from here")
     raise typer.Exit(130 if stopped else 0)
 
 
-def write_page(folder: Path, before: str = "") -> None:
-    """Write the page of a folder and print its first table."""
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="of a run")]) -> None:
+    """Write the page of a folder and its pictures again from the CSVs, and print its first table."""
     from perf.report import page  # matplotlib takes a second to import
 
     found = loaded(folder)
     path = page.write(folder, found)
     for heading, frame in page.on_terminal(found):
         boxed(frame, heading)
-    console.print(f"{before}wrote {path}", highlight=False)
-
-
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(help="of a run")]) -> None:
-    """Write the page and its pictures again from the CSVs of a folder."""
-    write_page(folder)
+    console.print(f"wrote {path}")
 
 
 @app.command()
@@ -216,16 +208,14 @@ def compare(
         console.print("[yellow]two machines: times are comparable on one alone")
     said = found[found["verdict"] != ""]
     if len(said):
-        shown = said[[*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]]
-        boxed(shown.round({"ratio": 3, "band": 3}), "what changed by more than the noise")
+        shown = [*results.KEY[:5], "provider", "mode", "ratio", "band", "verdict"]
+        boxed(said[shown].round(3), "what changed by more than the noise")
     if lost := compares.absent(*sides):
-        console.print(f"[yellow]of what {before} measured {lost} cases are not in {after}", highlight=False)
+        console.print(f"[yellow]of what {before} measured {lost} cases are not in {after}")
     bad = compares.regressions(found, threshold)
-    console.print(
-        f"{len(found)} cases compared, {len(said)} changed.", compares.words(found, threshold), highlight=False
-    )
+    console.print(f"{len(found)} cases compared, {len(said)} changed.", compares.words(found, threshold))
     for line in bad:
-        console.print(f"[red]{line}", highlight=False)
+        console.print(f"[red]{line}")
     raise typer.Exit(1 if bad else 0)
 
 
@@ -266,14 +256,14 @@ def check(
 
     found = counts.counts()
     if ops.missing():
-        console.print(f"[yellow]{ops.missing()}", highlight=False)
+        console.print(ops.missing(), style="yellow", markup=False)
     if update:
         counts.write(found)
-        console.print(f"wrote {counts.PATH.name}", highlight=False)
+        console.print(f"wrote {counts.PATH.name}")
         return
     grown = counts.grown(counts.committed(), found)
     for line in grown:
-        console.print(f"[red]{line}", highlight=False)
+        console.print(f"[red]{line}")
     console.print(f"{len(found)} steps counted: {'more work than before' if grown else 'no more work than before'}")
     raise typer.Exit(1 if grown else 0)
 
@@ -283,9 +273,8 @@ def step_ops() -> None:
     """Launches, device operations and host time of a training step on a GPU; none has to be there."""
     from perf.counts import step_ops as ops
 
-    if ops.missing():
-        raise typer.BadParameter(ops.missing())
-    boxed(ops.table(), "a training step, as the CPU sees it; host_us: microseconds with launches stubbed")
+    with usage():
+        boxed(ops.table(), "a training step, as the CPU sees it; host_us: microseconds with launches stubbed")
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------
@@ -293,7 +282,7 @@ def step_ops() -> None:
 
 @app.command()
 def audit(
-    out: Reports = REPORTS,
+    out: Annotated[Path, typer.Option(help="folder of kernels.csv and kernels.md")] = REPORTS,
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, tf32, float32; default: all")] = None,
     width: Annotated[list[int] | None, typer.Option("--d", help="64, 128, 256, 512, 1024; default: all")] = None,
@@ -306,9 +295,8 @@ def audit(
     asked = target or kernels.TARGETS, dtype or kernels.DTYPES, width or kernels.WIDTHS
     with usage(), terminal.bar() as progress:
         frame = kernels.audit(progress, *map(tuple, asked))
-    rules = kernels.budgets(frame)
-    boxed(rules, "budgets")
-    console.print(f"wrote {kernels.write(frame, out)}", highlight=False)
+    boxed(rules := kernels.budgets(frame), "budgets")
+    console.print(f"wrote {kernels.write(frame, out)}")
     raise typer.Exit(1 if "NO" in set(rules["met"]) else 0)
 
 
@@ -317,7 +305,6 @@ def tune(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or tf32; default: both")] = None,
     device: Annotated[Device, typer.Option(help="cuda: measure on this machine's GPU, and write tiles.json")] = "cpu",
-    measured: Annotated[Path | None, typer.Option(help="a CSV that --out wrote on another machine")] = None,
     out: Annotated[Path | None, typer.Option(help="also write every candidate to this CSV")] = None,
 ) -> None:
     """Search the tiles of the Triton kernels: list what compiles without spills; on a GPU, take the fastest."""
@@ -328,16 +315,12 @@ def tune(
     known("--dtype", dtypes, tuning.KINDS)
     known_device(device)
     with usage(), terminal.bar() as progress:
-        if measured:
-            frame = tuning.tune_from(measured)
-        elif device == "cpu":
-            frame = tuning.usable(target or list(tuning.TARGETS), dtypes, progress)
-        else:
-            frame = tuning.tune_here(dtypes, progress)
+        targets = target or tuning.TARGETS
+        frame = tuning.usable(targets, dtypes, progress) if device == "cpu" else tuning.tune(dtypes, progress)
     if out:
         frame.to_csv(out, index=False)
     boxed(frame.head(20), "the first 20")
-    console.print("tiles.json is as it was" if device == "cpu" and not measured else f"wrote {tuning.TABLE}")
+    console.print("tiles.json is as it was" if device == "cpu" else f"wrote {tuning.TABLE}")
 
 
 @app.command()
@@ -358,9 +341,9 @@ def gate(
     """Ten minutes with a GPU: are the losses right, how fast is a step versus the others, what do the kernels need."""
     from perf import gate as gates
 
-    with usage(), terminal.progress_line() as progress:
+    with usage(), terminal.bar() as progress:
         passed = gates.run(out, minutes, dry_run, progress)
-    console.print(f"wrote {out}: {'every step done' if passed else 'not every step done'}", highlight=False)
+    console.print(f"wrote {out}: {'every step done' if passed else 'not every step done'}")
     raise typer.Exit(0 if passed else 1)
 
 
@@ -395,19 +378,19 @@ def plan(
     )
     made = planner.plan(head, gpu, None if memory is None else memory * 1e9)
     boxed(planner.plan_table(made), f"GB of a rank: {head.title}")
-    console.print(planner.verdict(made), highlight=False, soft_wrap=True)
+    console.print(planner.verdict(made), soft_wrap=True)
     raise typer.Exit(0 if made.fitting else 1)
 
 
 @app.command("plan-check")
-def plan_check(out: Reports = REPORTS) -> None:
+def plan_check(out: Annotated[Path, typer.Option(help="folder of plan*.csv and plan.md")] = REPORTS) -> None:
     """Hold the formula of `plan` to peaks measured here, in processes of their own; minutes. Writes reports/plan*."""
     from perf.planner import check as checked
     from perf.planner import memory as planner
 
-    with terminal.progress_line() as progress:
+    with terminal.bar() as progress:
         frame = checked.table(checked.grid(), progress)
     worst = checked.worst(frame)
-    console.print(f"wrote {planner.write_table(out)} and {checked.write(frame, out)}", highlight=False)
-    console.print(f"{len(frame)} heads, at worst {worst:.2%} off the measured peak", highlight=False)
+    console.print(f"wrote {planner.write_table(out)} and {checked.write(frame, out)}")
+    console.print(f"{len(frame)} heads, at worst {worst:.2%} off the measured peak")
     raise typer.Exit(0 if worst <= checked.WITHIN else 1)

@@ -91,7 +91,7 @@ def check_accuracy(out: Path, dry: bool) -> None:
     sys.exit(good < len(lines))
 
 
-def run(out: Path, minutes: float, dry: bool, progress: Callable[[str], Any]) -> bool:
+def run(out: Path, minutes: float, dry: bool, progress: Callable[[float, str], Any]) -> bool:
     """Every step that is not done; whether all are done now."""
     if dry and importlib.util.find_spec("ttsem") is None:
         raise ValueError("--dry-run needs ttsem, which executes the kernels: pip install -e '.[perf,test,kernels]'")
@@ -103,19 +103,19 @@ def run(out: Path, minutes: float, dry: bool, progress: Callable[[str], Any]) ->
         raise ValueError(f"{path} is of {'a GPU' if dry else 'a dry run'}; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     begin, found = time.monotonic(), state["steps"]
-    for step in steps(out, dry):
+    for index, step in enumerate(steps(out, dry)):
         left = 60.0 * step.end * minutes - (time.monotonic() - begin)
         if found.get(step.name, {}).get("status") == "done":
             continue
         if left <= 0.0:
             found.setdefault(step.name, {"status": "not begun", "line": "the time was up"})
         else:
-            progress(f"gate: {step.name}")
+            progress(index / 5, step.name)
             found[step.name] = one(step, out, left)
         results.replace(path, json.dumps(state, indent=1).encode() + b"\n")
     if (out / "results.csv").exists():
         one(Step("page", 1.0, ("-m", "perf", "report", str(out))), out, 120.0)
-    console.print("\n".join(verdict(out, state)), highlight=False, markup=False)
+    console.print("\n".join(verdict(out, state)), markup=False)
     return all(step["status"] == "done" for step in found.values())
 
 

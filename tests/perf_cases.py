@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from perf import providers  # noqa: E402
 from perf.providers.base import Provider  # noqa: E402
 from perf.suite.problem import Problem  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Problem(n=6, d=8, classes=200)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from cases import cpu_only, made
 
 import tritonmargin as tm
 from tritonmargin import kernels
-from tritonmargin.kernels import torch_ops
+from tritonmargin.kernels import tiles, torch_ops
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -240,3 +242,30 @@ def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
             triton_ops.call(Kernel(), 1)
     assert len(said) == len(tried) - 1 == int(retried)
     assert len(set(tried)) == len(tried)
+
+
+# -- what the kernels are compiled with ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("margin", [tm.ArcFace(), tm.Softmax()], ids=["unit", "softmax"])
+@cpu_only
+def test_no_width_spills(target: str, margin: tm.Margin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library launches at a D that is a multiple of nothing: whole vectors are loaded all the same."""
+    pytest.importorskip("pandas", reason="perf compiles the kernels")
+    from perf.kernels.compile import compiling_for
+
+    monkeypatch.setattr("tritonmargin.kernels.why_not_triton", lambda *_: None)  # nothing runs
+    x, weight = (torch.randn(size, 501, dtype=torch.bfloat16, requires_grad=True) for size in (64, 300))
+    with compiling_for(target) as found, tm.use_backend("triton"):
+        tm.margin_cross_entropy(x, weight, torch.arange(64), margin).backward()
+    assert {(each.kernel, each.spills) for each in found} == {
+        (f"{name}_kernel", 0) for name in ("prepare", "tile", "finish")
+    }
+    assert {each.options["D"] for each in found if each.kernel == "tile_kernel"} == {512}
+
+
+def test_every_line_of_the_table_of_tiles_has_its_evidence() -> None:
+    table = json.loads(Path(tiles.__file__).with_name("tiles.json").read_text())
+    assert set(table) == {f"{target} {kind}" for target in TARGETS for kind in ("bfloat16", "tf32")}
+    assert all("cycles per logit" in line["evidence"] or "measured" in line["evidence"] for line in table.values())

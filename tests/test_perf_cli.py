@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cpu_only
+from perf_cases import ROOT
+from typer.testing import CliRunner
 
-for module in ("pandas", "matplotlib", "tabulate", "typer", "rich", "jinja2"):
-    pytest.importorskip(module, reason=f"{module} is part of the perf extra: pip install -e '.[perf]'")
-
-from cases import cpu_only  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-import tritonmargin as tm  # noqa: E402
-from perf import cli  # noqa: E402
-from perf.suite import results  # noqa: E402
+import tritonmargin as tm
+from perf import cli
+from perf.suite import results
 
 pytestmark = cpu_only
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(*words: str, code: int = 0) -> str:
@@ -33,26 +29,16 @@ def test_the_version_is_printed() -> None:
     assert f"tritonmargin {tm.__version__}" in call("--version")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["run", "--plan", "nope"], "'nope' is not among"),
-        (["run", "--classes", "many"], "'many' is no whole number"),
-        (["run", "--losses", "arc"], "losses are among"),
-        (["run", "--providers", "nobody"], "no provider 'nobody'"),
-        (["run", "--providers", "liger"], "liger"),  # needs a GPU
-        (["run", "--provider", "missing.py:Head"], "missing.py"),
-        (["run", "--device", "cuda"], "no GPU"),
-        (["report", "nowhere"], "no results.csv in nowhere"),
-        (["compare", "nowhere", "nowhere"], "no results.csv in nowhere"),
-        (["audit", "--target", "sm_1"], "'sm_1' is not among"),
-        (["plan", "--optimizer", "lion"], "lion"),
-        (["gate", "--out", "gate"], "GPU"),
-        (["nonsense"], "nonsense"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], said: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["perf", *words])
+@pytest.mark.parametrize(("words", "said"), [
+    ("run --plan nope", "'nope' is not among"), ("run --classes many", "'many' is no whole number"),
+    ("run --losses arc", "losses are among"), ("run --providers nobody", "no provider 'nobody'"),
+    ("run --providers liger", "liger"), ("run --provider missing.py:Head", "missing.py"),
+    ("run --device cuda", "no GPU"), ("report nowhere", "no results.csv in nowhere"),
+    ("compare nowhere nowhere", "no results.csv in nowhere"), ("audit --target sm_1", "'sm_1' is not among"),
+    ("plan --optimizer lion", "lion"), ("gate --out gate", "GPU"), ("nonsense", "nonsense"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(words: str, said: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["perf", *words.split()])
     monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -70,7 +56,6 @@ def test_results_go_to_a_folder_that_is_not_committed(words: list[str], name: st
     """A loss alone is a grid: sizes and providers have defaults. The plan for GPUs is refused without one."""
     asked = []
     monkeypatch.setattr(cli.runner, "run_plan", lambda plan, folder, *_: asked.append((plan, folder)))
-    monkeypatch.setattr(cli, "write_page", lambda *_: None)
     call("run", *words, code=0 if name else 2)
     if name:
         plan, folder = asked[0]

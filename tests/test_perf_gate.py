@@ -27,7 +27,7 @@ def ran(out: Path, monkeypatch: pytest.MonkeyPatch, minutes: float = 5.0, **scri
     monkeypatch.setattr(gate, "steps", lambda out, dry: made)
     monkeypatch.setattr(gate, "GRACE", 0.5)
     monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: True)
-    good = gate.run(out, minutes, True, lambda words: None)
+    good = gate.run(out, minutes, True, lambda *_: None)
     monkeypatch.undo()
     return good, json.loads((out / "gate.json").read_text())["steps"]
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from perf_cases import SMALL, fp32_line
 
@@ -20,6 +19,8 @@ from perf.providers.base import GRAPH, STEP, WHOLE
 from perf.suite import machine, plans, results, rounds, runner
 from perf.suite.plans import Budget, Case, Grid, Plan
 from perf.suite.worker import Failed
+
+pd = pytest.importorskip("pandas")
 
 
 class Scripted:

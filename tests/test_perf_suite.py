@@ -220,13 +220,6 @@ def test_a_graph_is_captured_after_a_warm_up_and_replayed(fake: FakeGpu) -> None
     assert list(fake.desk.calls) == [GRAPH]
 
 
-def test_memory_in_reserve_is_given_back_and_the_next_step_is_not_measured_cold(fake: FakeGpu) -> None:
-    assert "empty cache" not in fake.step("no-grad")[2]
-    fake.reserved = 100 + 1600 // 8
-    assert fake.step("no-grad")[2][-1] == "empty cache"
-    assert fake.step("no-grad")[2][:3] == ["step", "wait", "event"]
-
-
 def test_the_peak_of_a_step_counts_what_it_allocates(fake: FakeGpu) -> None:
     """With and without the gradient of W: its last allocation of that size."""
     assert fake.desk.peak(STEP) == pytest.approx({"peak_mb": 1.1, "beyond_mb": 1.1 - SMALL.weight_bytes / 1e6})

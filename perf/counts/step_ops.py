@@ -150,4 +150,4 @@ def missing() -> str:
 
     if importlib.util.find_spec("ttsem") and importlib.util.find_spec("triton"):
         return ""
-    return f"steps on a GPU are not counted: {MISSING.replace('[', '[ ')}"  # rich takes "[kernels]" for markup
+    return f"steps on a GPU are not counted: {MISSING}"

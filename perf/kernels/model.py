@@ -53,7 +53,6 @@ class Size(NamedTuple):
     x = property(lambda self: self.n * self.d * self.item)
     rows = property(lambda self: self.k * self.d * self.item)
     tile = property(lambda self: self.n * self.k * self.item)
-    state = property(lambda self: self.k * self.d * (2 if self.dtype == "bfloat16" else 4))  # of the optimiser, one
 
 
 class Kernel(NamedTuple):
@@ -84,18 +83,9 @@ def step(dtype: str) -> list[Kernel]:
         Kernel("weigh_chunk", "tile_kernel", lambda s: operands(s) + 8 * s.n * s.columns + s.tile, tile_rate),
         Kernel("dX", "gemm|nvjet", product, "dx"),
         Kernel("dW", "gemm|nvjet", product, "dw"),
-        finish("finish_rows"),
+        # A, W and dW; 1/|w|; each sample's share of its target row.
+        Kernel("finish_rows", "finish_kernel", lambda s: 3 * s.rows + 4 * s.k + s.n * (8 + 4 * s.d)),
     ]
-
-
-def finish(name: str, states: int = 0) -> Kernel:
-    """A, W and dW, or the updated W, read before; 1/|w|; each sample's share of its target row; state twice."""
-    return Kernel(name, "finish_kernel", lambda s: (
-        (4 if states else 3) * s.rows + 4 * s.k + s.n * (8 + 4 * s.d) + 2 * states * s.state + 8 * s.k * (states == 2)
-    ))  # fmt: skip
-
-
-UPDATES = [finish(cases.SGD, 1), finish(cases.ADAMW, 2)]  # in finish_rows' place, where backward updates W
 
 
 def predict(n: int, d: int, c: int, dtype: str) -> dict[str, float]:

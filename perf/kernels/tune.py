@@ -2,7 +2,6 @@
 
 python -m perf tune                      list what could be used; no clock, so nothing is written
 python -m perf tune --device cuda        measure on this machine's GPU, and write its lines to the table
-python -m perf tune --measured FILE      write what was measured on another machine, as --out left it
 """
 
 from __future__ import annotations
@@ -147,22 +146,9 @@ def registers_for(tile: Tiles, gpu: Gpu, dtype: str) -> int:
     return limit if all(each.spills <= allowed for each in found) else 0
 
 
-def tune_here(dtypes: Iterable[str], progress: Progress, path: Path = TABLE) -> pd.DataFrame:
-    """Search by the clock, for this machine's GPU, and write its lines to the table."""
-    return written([measure(dtype, progress) for dtype in dtypes], path)
-
-
-def tune_from(measured: Path, path: Path = TABLE) -> pd.DataFrame:
-    """What was measured on another machine, checked here and written to the table."""
-    rows = pd.read_csv(measured)
-    if not {"target", "dtype", "microseconds", "K", *Tiles._fields} <= set(rows.columns):
-        raise ValueError(f"{measured} is not what `tune --device cuda --out` leaves: it lacks some of its columns")
-    return written([frame for _, frame in rows.groupby("dtype", sort=False)], path)
-
-
-def written(frames: list[pd.DataFrame], path: Path) -> pd.DataFrame:
-    """Merged into the table: other targets keep their lines."""
-    judged = [chosen(frame) for frame in frames]
+def tune(dtypes: Iterable[str], progress: Progress, device: str = "cuda", path: Path = TABLE) -> pd.DataFrame:
+    """Search by the clock, for this machine's GPU, and write its lines to the table: other targets keep theirs."""
+    judged = [chosen(measure(dtype, progress, device)) for dtype in dtypes]
     table = json.loads(path.read_text()) | {name: line for _, lines in judged for name, line in lines.items()}
     path.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
     return pd.concat([frame for frame, _ in judged], ignore_index=True)

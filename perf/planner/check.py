@@ -70,7 +70,7 @@ def step_peak(head: Head, group: dist.ProcessGroup | None = None) -> int:
     return most + sum(each.nbytes for each in (module.weight, x, target, *state))
 
 
-def table(heads: list[Head], progress: Callable[[str], object] = print) -> pd.DataFrame:
+def table(heads: list[Head], progress: Callable[[float, str], object] = print) -> pd.DataFrame:
     """Heads in the order of their number of ranks, a line each: MB (10^6) of the fullest rank, formula and measured."""
     lines: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
@@ -81,7 +81,7 @@ def table(heads: list[Head], progress: Callable[[str], object] = print) -> pd.Da
                 found, made = max(pool.starmap_async(rank_peak, work, chunksize=1).get(SECONDS)), memory_on(head, None)
                 lines.append({**head._asdict(), "phase": made.phase, "formula_mb": made.peak / 1e6,
                               "measured_mb": found / 1e6, "formula_over_measured": made.peak / found})  # fmt: skip
-                progress(f"{len(lines)} of {len(heads)}: {head.title}: {made.peak / found:.4f}")
+                progress(len(lines) / len(heads), f"{head.title}: {made.peak / found:.4f}")
     return pd.DataFrame(lines)
 
 

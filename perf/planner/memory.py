@@ -132,12 +132,6 @@ def updating(head: Head, rows: int) -> int:
     return size + (4 * numbers + 3 * 8 * rows) * (head.optimizer == "adamw")
 
 
-def full_logits(head: Head) -> int:
-    """Bytes of a rank with the usual code: in forward five N x S arrays in float32, or copies of its rows."""
-    rows, made = head.active * head.dim * head.weight_item, memory(head, 1)
-    return made.weight + made.state + max(5 * 4 * head.samples * head.active + 2 * rows, 6 * rows)
-
-
 class Plan(NamedTuple):
     """The settings from the one asked for on, each with those before: the first that fits is the least of a change."""
 
@@ -186,14 +180,12 @@ def ranks_needed(head: Head, gpu: str | None, capacity: float) -> int | None:
 
 
 def plan_table(made: Plan) -> pd.DataFrame:
-    """GB (10^9) of a rank in each setting; the usual code's last."""
-    verdicts, lines = {True: "yes", False: "NO"}, []
+    """GB (10^9) of a rank in each setting."""
+    lines = []
     for head, each in made.options:
         ranks = ranks_needed(head, made.gpu, made.capacity)
         sizes = (each.weight, each.state, each.gradient, each.chunk, each.batch, each.peak)
-        lines.append((head.setting, *map(gb, sizes), verdicts[each.peak <= made.capacity], str(ranks or "-")))
-    usual = full_logits(made.options[0][0])
-    lines.append(("full logits, the usual code", *[""] * 5, gb(usual), verdicts[usual <= made.capacity], ""))
+        lines.append((head.setting, *map(gb, sizes), "yes" if each.peak <= made.capacity else "NO", str(ranks or "-")))
     names = "setting", "weights", "state", "gradient", "buffers", "batch", "in all", "fits", "ranks needed"
     return pd.DataFrame(lines, columns=names)
 

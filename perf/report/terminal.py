@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def digits(value: float) -> str:
@@ -54,13 +54,6 @@ def boxed(frame: pd.DataFrame, heading: str) -> None:
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
-    """A line of progress on a terminal, nothing elsewhere."""
-    with console.status("") as status:
-        yield status.update
-
-
-@contextmanager
 def bar() -> Iterator[Callable[[float, str], None]]:
     """A bar with the time that is left on a terminal; a line for each size elsewhere."""
     if not console.is_terminal:
@@ -70,7 +63,7 @@ def bar() -> Iterator[Callable[[float, str], None]]:
             size = words.partition(": ")[0]
             if size != last[0]:
                 last[0] = size
-                console.print(f"{part:4.0%}  {size}", highlight=False)
+                console.print(f"{part:4.0%}  {size}")
 
         yield line
         return

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.utils.benchmark import Timer
 
 from perf.providers import class_of, split
 from perf.providers.base import GRAPHS, STEP, WHOLE
 from perf.suite.plans import Case, Row
 from perf.suite.problem import SAMPLE_RATE, Problem, matmul_precision
-from perf.suite.timing import seconds
 
 SHAPE, ON_GPU = (1024, 512, 8192), (8192, 4096, 8192)  # N, D, classes: what keeps the device busy for milliseconds
 
@@ -26,21 +25,18 @@ def measure(dtypes: Iterable[str], device: str, hasty: bool = False) -> list[Row
         a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((n, d), (d, c)))
         product = torch.empty(n, c, dtype=dtype, device=device)
         with matmul_precision(name):
-            took = typical(lambda a=a, b=b, product=product: torch.mm(a, b, out=product), device, budget)
+            took = typical(lambda a=a, b=b, product=product: torch.mm(a, b, out=product), budget)
         lines.append({"kind": "GEMM", "dtype": name, "per_second": 2 * n * d * c / took, "unit": "flop"})
     source = torch.ones(large // 4, device=device)
     into = torch.empty_like(source)
-    rate = 2 * source.nbytes / typical(lambda: into.copy_(source), device, budget)
+    rate = 2 * source.nbytes / typical(lambda: into.copy_(source), budget)
     return [*lines, {"kind": "copy", "dtype": "", "per_second": rate, "unit": "byte"}]
 
 
-def typical(call: Callable[[], object], device: str, budget_s: float) -> float:
-    """Median seconds of a call repeated for about `budget_s`, at least five times."""
-    call()
-    taken: list[float] = []
-    while len(taken) < 5 or (sum(taken) < budget_s and len(taken) < 1000):
-        taken.append(seconds(call, device)[0])
-    return statistics.median(taken)
+def typical(call: Callable[[], object], budget: float) -> float:
+    """Median seconds of a call that is repeated for about `budget` seconds."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=budget).median)
 
 
 def limit(case: Case, ceilings: Iterable[Row]) -> float | None:

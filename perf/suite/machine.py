@@ -36,7 +36,6 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "commit": commit(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "system": platform.system(),
         "load_before": round(os.getloadavg()[0], 2),
         "device": device,
     }

@@ -24,8 +24,8 @@ def run_plan(
 ) -> Results:
     """Measure what `folder` does not hold yet. KeyboardInterrupt leaves whole results.
 
-    With `fresh` everything is measured; what was there before stays until the new row is there. ValueError for a
-    folder of another machine.
+    With `fresh` everything is measured; what was there stays until the new row is there. Raises ValueError for another
+    machine's folder.
     """
     if other := results.another_machine(folder, facts):
         raise ValueError(f"{folder} holds results of another machine: {other}")
