@@ -34,7 +34,8 @@ check: $(VENV)/test.done lint perf-check
 
 test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" $(KERNELS) tests/test_functional.py tests/test_op.py tests/test_failures.py tests/test_optim.py
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" $(KERNELS) tests/test_functional.py tests/test_op.py tests/test_failures.py tests/test_optim.py \
+		tests/test_golden.py tests/test_integrations.py
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 	TRITONMARGIN_TESTS=ttsem-100 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
