@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,12 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
+from uniformity import indicators, of_classes, of_neighbours, of_pairs
 
 import tritonmargin as tm
 from tritonmargin.margins import MARGINS
-from tritonmargin.sampling import Sampler, by_keys, random_keys
+from tritonmargin.permutation import Permutation, random_number, sides
+from tritonmargin.sampling import Sampler, draw, draw_by_torch
 
 pytestmark = cpu_only
 
@@ -51,13 +55,13 @@ def test_every_set_of_negatives_is_as_likely(classes: int, samples: int) -> None
 
 @settings(max_examples=200 * MORE)
 @drawn(data=st.data())
-def test_a_sample_by_keys_is_sorted_unique_exact_and_holds_the_positives(data: st.DataObject) -> None:
-    """As a GPU draws it: the sample has room for every label."""
+def test_a_draw_of_static_size_is_sorted_unique_exact_and_holds_the_positives(data: st.DataObject) -> None:
+    """What a step draws: any seed, step and first class; the sample has room for every label."""
     classes = data.draw(st.integers(0, 300))
     target = torch.tensor(data.draw(st.lists(st.integers(-300, classes + 300), max_size=classes)), dtype=torch.int64)
     samples = data.draw(st.integers(len(target), classes))
-    state = torch.tensor([data.draw(st.integers(0, (1 << 62) - 1)), data.draw(st.integers(0, 10**6))])
-    found = by_keys(random_keys(state, data.draw(st.integers(0, 10**9)), classes + 1), target, samples)
+    state = torch.tensor([data.draw(st.integers(-(1 << 63), (1 << 63) - 1)), data.draw(st.integers(0, 10**6))])
+    found = draw(target, state, data.draw(st.integers(0, 10**12)), classes, samples)
     assert len(found) == samples
     assert found.dtype == torch.int64
     assert bool((found[1:] > found[:-1]).all())
@@ -65,67 +69,189 @@ def test_a_sample_by_keys_is_sorted_unique_exact_and_holds_the_positives(data: s
     assert not len(found) or (found[0] >= 0 and found[-1] < classes)
 
 
-@pytest.mark.parametrize(("classes", "samples"), [(7, 4), (7, 6), (9, 3)])
 @pytest.mark.parametrize("over", ["steps", "seeds", "shards"])
-def test_every_set_of_negatives_is_as_likely_by_keys(classes: int, samples: int, over: str) -> None:
-    """Over the steps of a run, over seeds, and over the shards of a step, whose classes have other numbers."""
-    rounds, target = 6000, torch.tensor([2, 2, -1, 99])
+def test_every_set_of_negatives_is_as_likely_in_a_run(over: str) -> None:
+    """Over the steps of a run, over seeds, and over the shards of a step."""
+    classes, samples, rounds, target = 7, 4, 6000, torch.tensor([2, 2, -1, 99])
     sets = {(*sorted((2, *others)),): 0 for others in
             itertools.combinations([c for c in range(classes) if c != 2], samples - 1)}  # fmt: skip
     for k in range(rounds):
         seed, step, first = (k if over == name else 0 for name in ("seeds", "steps", "shards"))
-        keys = random_keys(torch.tensor([seed, step]), first * classes, classes + 1)
-        sets[(*by_keys(keys, target, samples).tolist(),)] += 1
+        sets[(*draw(target, torch.tensor([seed, step]), first * classes, classes, samples).tolist(),)] += 1
     expected = rounds / len(sets)
     chi = sum((count - expected) ** 2 / expected for count in sets.values())
     degrees = len(sets) - 1
     assert chi < degrees + 3.8 * (2 * degrees) ** 0.5 + 10
 
 
-def test_keys_are_the_same_numbers_on_every_shard() -> None:
-    """And those of the published generator, by Python's integers."""
-    state = torch.tensor([3, 5])
-    whole = random_keys(state, 0, 100)
-    assert torch.equal(random_keys(state, 40, 60), whole[40:])
-    key = (7 + 3 * 0x45D6C867337A7221 + 5 * 0x719F3E675CD60581) * 0x9E3779B97F4A7C15 % 2**64
-    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
-    assert int(whole[7]) == (key - 2**64 if key >= 2**63 else key) >> 1
+@pytest.mark.parametrize("labels", [
+    pytest.param([2, 2, 0, -1, 5000], id="labels"),
+    pytest.param([], id="no labels", marks=pytest.mark.slow),
+])  # fmt: skip
+@pytest.mark.parametrize(("classes", "samples"), [(7, 5), (20, 9), (100, 30), (1000, 100)])
+def test_samples_are_uniform_and_know_nothing_of_each_other(classes: int, samples: int, labels: list[int]) -> None:
+    """Within 4 standard deviations over 20,000 keys: two ranks, 10,000 steps.
+
+    Single classes that are nobody's label and pairs of them; a class of one rank with a class of the other, a class of
+    one step with a class of the next.
+    """
+    target = torch.tensor(labels, dtype=torch.int64)
+    drawn = [draw_by_torch(target, torch.tensor([3, k // 2]), k % 2 * classes, classes, samples) for k in range(20_000)]
+    inside = indicators(drawn, classes)
+    others = torch.ones(classes, dtype=torch.bool)
+    others[target[(target >= 0) & (target < classes)]] = False
+    assert inside[:, ~others].all()
+    inside = inside[:, others]
+    found = {
+        "classes": of_classes(inside),
+        "pairs": of_pairs(inside),
+        "ranks": of_neighbours(inside[0::2], inside[1::2]),
+        "steps": of_neighbours(inside[:-2], inside[2:]),
+    }
+    assert all(abs(z) < 4.0 for z in found.values()), found
 
 
-def test_drawing_by_keys_reads_nothing_back() -> None:
-    """What would wait for a GPU. The other way does, so that it would be seen."""
+def test_what_is_not_uniform_is_seen() -> None:
+    """Two rounds are too few for pairs, and a counter as key is no key."""
+    classes, samples = 100, 30
+    assert sides(classes) == (10, 10)
+    two_rounds, no_key = [], []
+    for step in range(5000):
+        order = Permutation(torch.tensor([3, step]), 0, classes)
+        order.tables = order.tables[:2]
+        two_rounds.append(order.at(torch.arange(samples)).sort().values)
+        no_key.append((torch.arange(samples) * 37 + step) % classes)
+    assert of_pairs(indicators(two_rounds, classes)) > 20.0
+    assert of_neighbours(indicators(no_key[:-1], classes), indicators(no_key[1:], classes)) > 20.0
+
+
+def test_a_permutation_is_one_to_one_and_knows_its_inverse() -> None:
+    """At sizes that are products of near numbers and at others, which leave points beyond."""
+    for size in (*range(1, 150), 997, 4095, 4096, 10_007, 65_537):
+        a, b = sides(size)
+        assert a * b >= size
+        assert size < 3 or min(a, b) > 1
+        order = Permutation(torch.tensor([5, size]), 7, size)
+        ranks = torch.arange(size)
+        found = order.at(ranks)
+        assert torch.equal(found.sort().values, ranks)
+        assert torch.equal(order.rank(found), ranks)
+        assert torch.equal(order.at(ranks[: size // 2]), found[: size // 2])  # a number at a time
+
+
+def test_sizes_past_32_bits() -> None:
+    size = 40_000_000_007
+    order, ranks = Permutation(torch.tensor([1, 2]), 10**12, size), torch.arange(1000) * 39_999_999
+    found = order.at(ranks)
+    assert torch.equal(order.rank(found), ranks)
+    assert found.max() < size
+    assert len(found.unique()) == 1000
+    assert 0.4 < float((found > size // 2).double().mean()) < 0.6
+
+
+def test_keys_are_numbers_of_the_published_generator() -> None:
+    """The first numbers of SplitMix64 that starts at 1234567, as its author prints them."""
+    numbers = random_number(torch.tensor(1234567), torch.arange(3))
+    assert [int(number) % 2**64 for number in numbers] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423,
+    ]  # fmt: skip
+
+
+@settings(max_examples=100 * MORE)
+@drawn(data=st.data())
+def test_a_draw_is_the_labels_and_the_first_others_of_the_order(data: st.DataObject) -> None:
+    """By Python's integers, all classes in their order: what a seed draws, in this and in every later version."""
+    classes = data.draw(st.integers(2, 60))
+    target = data.draw(st.lists(st.integers(-2, classes + 2), max_size=classes - 1))
+    samples = data.draw(st.integers(len(target), classes - 1))
+    seed, step, first = (data.draw(st.integers(low, 10**12)) for low in (-9, 0, 0))
+    labels = {label for label in target if 0 <= label < classes}
+    others = [number for number in in_order(seed, step, first, classes) if number not in labels]
+    expected = sorted([*labels, *others[: samples - len(labels)]])
+    found = draw(torch.tensor(target, dtype=torch.int64), torch.tensor([seed, step]), first, classes, samples)
+    assert found.tolist() == expected
+
+
+def in_order(seed: int, step: int, first: int, classes: int) -> list[int]:
+    """Numbers below 4,096 as the permutation has them, one after the other."""
+    a, b = sides(classes)
+    start = seed * 0x45D6C867337A7221 + step * 0x719F3E675CD60581 + first * 0x2127599BF4325C37
+
+    def splitmix(start: int, index: int) -> int:
+        number = (start + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+        number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+        return number ^ (number >> 31)
+
+    def moved(point: int) -> int:
+        left, right = divmod(point, b)
+        for k in range(0, 12, 2):
+            left = (left - ((splitmix(splitmix(start, k), right) >> 24) * a >> 40)) % a
+            right = (right - ((splitmix(splitmix(start, k + 1), left) >> 24) * b >> 40)) % b
+        return left * b + right
+
+    numbers = []
+    for point in range(classes):
+        point = moved(point)
+        while point >= classes:
+            point = moved(point)
+        numbers.append(point)
+    return numbers
+
+
+def test_the_sides_of_some_sizes() -> None:
+    """What a seed draws follows from them."""
+    expected = {1: (2, 1), 2: (2, 1), 3: (2, 2), 7: (3, 3), 20: (4, 5), 1000: (25, 40), 10**5: (250, 400),
+                10**8: (10_000, 10_000), 4_000_037: (1532, 2611)}  # fmt: skip
+    assert {size: sides(size) for size in expected} == expected
+
+
+def test_a_draw_reads_nothing_back() -> None:
+    """What would wait for a GPU. With more labels than samples it does, so that it would be seen."""
     target = torch.tensor([3, 3, -1, 50])
 
-    def names(draw: Callable[[], object]) -> set[str]:
+    def names(call: Callable[[], object]) -> set[str]:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            draw()
+            call()
         return {event.name() for event in profiler.profiler.kineto_results.events()}
 
     waits = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::_unique2", "aten::masked_select"}
-    assert not waits & names(lambda: by_keys(random_keys(torch.tensor([1, 2]), 0, 101), target, 10))
-    assert waits & names(lambda: tm.sample_classes(target, 100, 10))
+    sampler = Sampler(0.1, torch.tensor([1, 2]))
+    assert not waits & names(lambda: sampler.draw(target, 101))
+    assert not waits & names(lambda: tm.sample_classes(target, 100, 10))
+    assert waits & names(lambda: tm.sample_classes(target, 100, 3))
 
 
-def test_drawing_by_keys_takes_16_bytes_a_class() -> None:
-    state, target = torch.tensor([1, 2]), torch.arange(64)
-    used = [cost(lambda c=c: by_keys(random_keys(state, 0, c + 1), target, 1000)).peak for c in (10**5, 3 * 10**5)]
-    assert (used[1] - used[0]) / (2 * 10**5) == pytest.approx(16.0, abs=0.1)
-
-
-def test_drawing_by_keys_in_one_graph() -> None:
-    draw = torch.compile(lambda state, target: by_keys(random_keys(state, 5, 101), target, 10), backend="aot_eager",
-                         fullgraph=True)  # fmt: skip
-    for step in range(3):
-        state, target = torch.tensor([1, step]), torch.tensor([3, 3, -1, 50 + step])
-        assert torch.equal(draw(state, target), by_keys(random_keys(state, 5, 101), target, 10))
-
-
-def test_sampling_takes_memory_for_the_sample_alone() -> None:
-    """The same at a hundred times the classes."""
+def test_a_draw_looks_at_no_more_than_the_sample() -> None:
+    """The same memory at a hundred times the classes, but for the rounds' tables, which have as many as a side."""
     target = torch.arange(64)
-    used = [cost(lambda c=c: tm.sample_classes(target, c, 2000)).peak for c in (10**5, 10**7)]
-    assert used[1] < 1.2 * used[0] + 10_000
+    used = [cost(lambda c=c: tm.sample_classes(target, c, 10**5)).peak for c in (10**6, 10**8)]
+    assert used[1] < 1.2 * used[0]
+    assert used[1] < 60 * 10**5
+    few = cost(lambda: tm.sample_classes(target, 10**8, 100)).peak
+    assert few < 25 * 6 * 10**4
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_sampled_head_is_one_graph_and_draws_what_it_would_have_drawn(dynamic: bool | None) -> None:
+    """And a later sample rate is the next step's."""
+    head, other = (tm.MarginSoftmaxLoss(5, 100, sample_rate=0.3) for _ in range(2))
+    other.load_state_dict(head.state_dict())
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rate in (0.3, 0.5, 1.0, 0.3):
+        head.sample_rate = other.sample_rate = rate
+        for n in (9, 20):
+            x, target = made(n, 5).float(), torch.arange(n)
+            assert torch.equal(compiled(x, target), head(x, target))
+    assert torch.equal(head.sampler, other.sampler)
+    assert head.sampler.tolist() == [0, 6]
+
+
+def test_the_op_of_a_draw_is_what_torch_expects_of_an_op() -> None:
+    torch.library.opcheck(
+        torch.ops.tritonmargin.draw.default,
+        (torch.tensor([3, 3, -1, 50]), torch.tensor([1, 2]), 5, 101, 10, "torch"),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"logq_correction": True}], ids=str)
@@ -151,6 +277,50 @@ def test_a_sampler_goes_on_where_it_was_and_differs_between_shards_and_seeds() -
     assert draws(0, 1000, 6) != whole
     assert draws(1, 0, 6) != whole
     assert all(len(each) == 100 for each in whole)
+
+
+def test_the_sample_rate_may_change_from_step_to_step() -> None:
+    """Also of a head that was made without; the rows of its gradient are those of the sample."""
+    x, target = torch.randn(4, 5), torch.tensor([1, 2, 3, 4])
+    head = tm.MarginSoftmaxLoss(5, 100, sparse_grad=True)
+    assert "sampler" not in head.state_dict()
+    for rate, rows in ((1.0, None), (0.5, 50), (0.1, 10), (0, 4), (1.0, None), (0.2, 20)):
+        head.sample_rate = rate
+        assert head.sample_rate == rate
+        assert head.weight.sampled == (rate < 1.0)
+        head.weight.grad = None
+        head(x, target).backward()
+        grad = head.weight.grad
+        assert len(grad.coalesce().indices()[0]) == rows if rows else len(grad) == 100
+    assert head.sampler.tolist() == [0, 4]
+    assert "sample_rate=0.2" in repr(head)
+    for rate in (1.5, -0.1, float("nan"), True, None, "half"):
+        with pytest.raises(ValueError, match="sample_rate must be a number between 0 and 1, got"):
+            head.sample_rate = rate
+    assert head.sample_rate == 0.2
+    assert copy.deepcopy(head).sample_rate == pickle.loads(pickle.dumps(head)).sample_rate == 0.2
+
+
+def test_a_later_sample_rate_draws_as_one_that_the_head_was_made_with() -> None:
+    x, target = torch.randn(4, 5), torch.tensor([1, 2, 3, 4])
+    head, other = tm.MarginSoftmaxLoss(5, 100, sample_rate=0.2, seed=3), tm.MarginSoftmaxLoss(5, 100, seed=3)
+    other.load_state_dict({"weight": head.weight})  # a checkpoint without a sampler, and none is missed
+    other.sample_rate = 0.2
+    assert all(torch.equal(head(x, target), other(x, target)) for _ in range(3))
+
+
+@pytest.mark.parametrize("before", [1.0, 0.5])
+def test_a_resumed_head_counts_on_whatever_its_rate_was_when_it_was_loaded(before: float) -> None:
+    x, target = torch.randn(4, 5), torch.tensor([1, 2, 3, 4])
+    head = tm.MarginSoftmaxLoss(5, 100, sample_rate=0.2, seed=3)
+    head(x, target)
+    other = tm.MarginSoftmaxLoss(5, 100, sample_rate=before)
+    other.load_state_dict(head.state_dict())
+    other.sample_rate = 0.2
+    assert all(torch.equal(head(x, target), other(x, target)) for _ in range(3))
+    plain = tm.MarginSoftmaxLoss(5, 100)
+    head.load_state_dict(plain.state_dict())  # and the reverse
+    assert head.sampler.tolist() == [3, 4]
 
 
 def test_a_resumed_head_draws_what_it_would_have_drawn() -> None:

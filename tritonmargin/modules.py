@@ -33,8 +33,9 @@ class MarginSoftmaxLoss(nn.Module):
 
     **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step walks the classes of the
     batch and random others, round(sample_rate C) in all or more if the batch has more, drawn anew in every forward.
-    In eval mode all classes are walked. `Stats` of a sampled step are about the walked classes only. Keep a sampled
-    head out of `torch.utils.checkpoint`, which runs its forward twice, on two samples.
+    In eval mode all classes are walked. `head.sample_rate = 0.5` is the rate of the next forward, whatever it was.
+    `Stats` of a sampled step are about the walked classes only. Keep a sampled head out of `torch.utils.checkpoint`,
+    which runs its forward twice, on two samples.
 
     **Class sharding.** With `process_group` every rank holds the rows of a contiguous range of classes, split as
     `torch.chunk` splits them, and calls the head with its own samples, as many as it has. The loss is that of the
@@ -112,7 +113,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.embedding_dim = embedding_dim
             self.num_classes = num_classes
             self.margin = margin
-            self.sample_rate = sample_rate
+            self._sample_rate = sample_rate
             self.logq_correction = logq_correction
             self.sparse_grad = sparse_grad
             self.retain_bytes = retain_bytes
@@ -132,7 +133,9 @@ class MarginSoftmaxLoss(nn.Module):
             if self.shard is not None and class_weight is not None:
                 class_weight = class_weight[self.shard.start : self.shard.stop].clone()
             self.register_buffer("class_weight", class_weight)
-            self.register_buffer("sampler", None if sample_rate == 1.0 else torch.tensor([seed, 0], device=device))
+            self.register_buffer("sampler", None)
+            if sample_rate < 1.0:
+                self.make_sampler()
             self.mark_rows()
         except Exception as error:
             if isinstance(process_group, dist.ProcessGroup):
@@ -141,6 +144,25 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None:
             check_agreement(self.shard.group, self.description())
         self.reset_parameters()
+
+    @property
+    def sample_rate(self) -> float:
+        """Fraction of the classes that are active in a training step."""
+        return self._sample_rate
+
+    @sample_rate.setter
+    def sample_rate(self, rate: float) -> None:
+        check_sample_rate(rate)
+        sampled, self._sample_rate = self._sample_rate < 1.0, rate
+        if rate < 1.0:
+            self.make_sampler()
+        if sampled != (rate < 1.0):
+            self.mark_rows()  # not if it only moves: an optimizer says once what it says of a sampled weight
+
+    def make_sampler(self) -> None:
+        """The seed and no step, if there is no sampler yet. It stays when a later rate has no use for it."""
+        if self.sampler is None:
+            self.sampler = torch.tensor([self.seed, 0], device=self.weight.device)
 
     def reset_parameters(self) -> None:
         """weight ~ N(0, 0.01), bias = 0, the sampler at its seed's first step."""
@@ -176,6 +198,8 @@ class MarginSoftmaxLoss(nn.Module):
         return {**self.__dict__, "_updater": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "sample_rate" in state:  # pickled when it was a plain attribute
+            state["_sample_rate"] = state.pop("sample_rate")
         super().__setstate__(state)
         if "lookout" not in state:
             self.lookout = Lookout(None if self.shard is None else self.shard.group)
@@ -193,7 +217,7 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None or self._updater is not None:
             self.check_apart()
         ids: Tensor | Sampler | None = class_ids
-        if class_ids is None and self.sampler is not None and self.training:
+        if class_ids is None and self.training and self.sample_rate < 1.0 and self.sampler is not None:
             first = 0 if self.shard is None else self.shard.start
             ids = Sampler(self.sample_rate, self.sampler, first)
         result = loss_of(
@@ -307,7 +331,9 @@ class MarginSoftmaxLoss(nn.Module):
                 given[prefix + name] = value.to_local() if self.shard is not None else value.full_tensor()
             elif self.shard is not None and isinstance(value, Tensor):
                 given[prefix + name] = value[self.shard.start : self.shard.stop]
-        # Another sample rate is no other model.
+        # Another sample rate is no other model. The steps are counted on if a later rate asks for a sample.
+        if prefix + "sampler" in given:
+            self.make_sampler()
         sampler = given.pop(prefix + "sampler", self.sampler)
         if self.sampler is not None:
             given[prefix + "sampler"] = sampler.full_tensor() if isinstance(sampler, DTensor) else sampler
@@ -386,8 +412,7 @@ def check_head(
             raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
     check_options(margin, label_smoothing, reduction, objective, sub_centers)
     check_sampling(logq_correction, label_smoothing, objective)
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | float) or not 0.0 <= sample_rate <= 1.0:
-        raise ValueError(f"sample_rate must be a number between 0 and 1, got {sample_rate!r}")
+    check_sample_rate(sample_rate)
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
     check_name("gradient_for", gradient_for, GRADIENT_FOR)
@@ -399,3 +424,8 @@ def check_head(
         check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
     if class_weight is not None:
         check_class_vector("class_weight", class_weight, num_classes)
+
+
+def check_sample_rate(rate: float) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+        raise ValueError(f"sample_rate must be a number between 0 and 1, got {rate!r}")

@@ -1,14 +1,13 @@
-"""Which classes a step walks."""
+"""Which classes are active in a step."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from tritonmargin.checks import check_integers
-from tritonmargin.kernels.updates import mixed
+from tritonmargin.kernels import current_backend, falling_back, why_not_triton
+from tritonmargin.permutation import Permutation
 
 
 def sample_classes(
@@ -18,15 +17,16 @@ def sample_classes(
 
     Partial FC (An et al., 2021): the positives always, negatives uniformly without replacement, so that a step costs
     `num_samples` classes instead of C. Labels outside [0, num_classes), such as an ignore_index, are left out.
-    The result has max(num_samples, number of distinct positives) classes. On a CPU time and memory follow the sample's
-    size, not C. On a GPU it takes some 16 bytes per class for a moment, more for samples of a sixth of them and up, and
-    does not wait for the device, unless there are more labels than `num_samples`: then the size of the result is data.
+    The result has max(num_samples, number of distinct positives) classes. Time and memory follow the sample's size, not
+    C, and on a GPU nothing waits for the device, unless there are more labels than `num_samples`: then the size of the
+    result is data.
 
     Args:
         target: [N] integer class numbers.
         num_classes: C.
-        num_samples: how many classes to walk, 0 <= num_samples <= num_classes.
-        generator: on the device of `target`, for reproducible draws.
+        num_samples: how many classes are active, 0 <= num_samples <= num_classes.
+        generator: on the device of `target`, for reproducible draws. It gives two numbers, and all else follows from
+            them.
 
     Raises:
         ValueError: num_samples or num_classes out of range, target not one-dimensional.
@@ -40,130 +40,19 @@ def sample_classes(
             raise ValueError(f"{name} must be an integer >= {lowest}, got {number!r}")
     if num_samples > num_classes:
         raise ValueError(f"num_samples must be <= num_classes = {num_classes}, got {num_samples}")
-    if fits(target, num_samples):
-        keys = torch.empty(num_classes + 1, dtype=torch.int64, device=target.device)
-        return by_keys(keys.random_(0, 1 << 62, generator=generator), target, num_samples)
-    positives = target[(target >= 0) & (target < num_classes)].long().unique()
-    missing = num_samples - len(positives)
-    if missing <= 0:
-        return positives
-    if 2 * num_samples <= num_classes:
-        return merged(random_others(positives, num_classes, missing, generator), positives)
-    # Most classes: cheaper to draw those that are left out.
-    out = random_others(positives, num_classes, num_classes - num_samples, generator)
-    return all_but(out, num_classes).nonzero().squeeze(1)
-
-
-def random_others(positives: Tensor, num_classes: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` distinct classes in order, none of them positive, every such set with the same probability.
-
-    Draws with replacement until enough distinct ones are there, then leaves random ones out: nothing in this tells one
-    class from another, and it takes memory for the sample alone.
-    """
-    free = num_classes - len(positives)
-    # How many draws show `count` of `free` classes: on average, and some standard deviations more.
-    share = min(count / free, 1.0 - 0.1 / free) if free else 0.0
-    draws = -num_classes * math.log1p(-share)
-    draws += 4.0 * math.sqrt(draws) + 16.0
-    surplus = -1
-    while surplus < 0:
-        # Drawn again if it is not enough, rather than added to: they are in order already.
-        found = torch.unique_consecutive(ordered_draws(num_classes, int(draws), generator, positives.device))
-        place = place_of(positives, found)
-        surplus = len(found) - len(place) - count
-        draws *= 1.2
-    if surplus and len(found) < 4096:
-        shuffled = torch.randperm(len(found), generator=generator, device=found.device)
-        others = shuffled[all_but(place, len(found))[shuffled]]
-        place = torch.cat([place, others[:surplus]])
-    elif surplus:
-        # A permutation of all would cost more than the draws did.
-        place = torch.cat([place, random_others(place, len(found), surplus, generator)])
-    return found.masked_select(all_but(place, len(found)))
-
-
-def ordered_draws(num_classes: int, draws: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """`draws` independent uniform class numbers, smallest first: sums of exponential gaps, which saves the sort.
-
-    The gaps are whole numbers, for sums of floats may differ from run to run on a GPU.
-    """
-    gaps = torch.empty(draws + 1, dtype=torch.float64, device=device).exponential_(generator=generator)
-    place = gaps.mul_(2.0**32).long().cumsum(dim=0)
-    share = place[:-1].double() / place[-1:].clamp(min=1)
-    return share.mul_(num_classes).long().clamp_(max=num_classes - 1)
-
-
-def place_of(values: Tensor, ordered: Tensor) -> Tensor:
-    """Where in `ordered` the values are, those that are there."""
-    if not len(ordered):
-        return values[:0]
-    place = torch.searchsorted(ordered, values).clamp(max=len(ordered) - 1)
-    return place[ordered[place] == values]
-
-
-def all_but(place: Tensor, size: int) -> Tensor:
-    return torch.ones(size, dtype=torch.bool, device=place.device).index_fill_(0, place, False)
-
-
-def merged(many: Tensor, few: Tensor) -> Tensor:
-    """Two ordered lists as one."""
-    place = torch.searchsorted(many, few) + torch.arange(len(few), device=few.device)
-    out = many.new_empty(len(many) + len(few))
-    out.masked_scatter_(all_but(place, len(out)), many)
-    return out.index_copy_(0, place, few)
-
-
-# -- on a GPU ----------------------------------------------------------------------------------------------------
-
-
-def fits(target: Tensor, num_samples: int) -> bool:
-    """Whether to draw by keys: on a GPU, where the sample has room for every label and its size is known."""
-    return target.device.type == "cuda" and len(target) <= num_samples
-
-
-def by_keys(keys: Tensor, target: Tensor, num_samples: int) -> Tensor:
-    """The classes in `target`, and those with the largest random numbers: `num_samples` in all, in order.
-
-    keys: [C + 1] int64, below 2^62, one a class and one for what is no class; overwritten. No size is data.
-    """
-    place = target.long().clamp(min=-1, max=len(keys) - 1)  # no class: the last
-    keys.index_fill_(0, place, torch.iinfo(torch.int64).max)
-    return keys[:-1].topk(num_samples, sorted=False).indices.sort().values
-
-
-# Steele et al., SplitMix (2014), with Stafford's 13th mix: shifts and factors. Odd numbers, negative as int64 has them.
-GOLDEN, MIX = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
-OF_SEED, OF_STEP = 0x45D6C867337A7221, 0x719F3E675CD60581
-
-
-def random_keys(state: Tensor, first_class: int, size: int) -> Tensor:
-    """[size] numbers in [-2^62, 2^62), of the seed and the step in `state` and the class: the same on every device.
-
-    A generator would have to be told the seed, and reading it from a GPU waits. These are new in every replay of a
-    CUDA graph, too.
-    """
-    key = torch.arange(first_class, first_class + size, device=state.device)
-    # Added first: a product with an arange is an index to Inductor, and those have 32 bits.
-    key += state[0] * OF_SEED + state[1] * OF_STEP
-    key *= GOLDEN
-    for shift, factor in MIX:
-        high = key >> shift
-        high &= (1 << 64 - shift) - 1  # the sign was shifted in
-        key ^= high
-        del high  # before there is another
-        key *= factor
-    key >>= 1
-    return key
+    state = torch.empty(2, dtype=torch.int64, device=target.device).random_(generator=generator)
+    return draw(target.long(), state, 0, num_classes, num_samples)
 
 
 class Sampler:
-    """Draws the classes of one step after the other: the same ones after a restart, others on every shard.
+    """Draws the classes of one step after the other: after a restart as without one, on a GPU as on a CPU, on every
+    shard others.
 
     Its state is two numbers, the seed and how many steps it has drawn, in `state` [2] int64, so that a checkpoint
-    holds them and any number of ranks can go on from them. A CPU and a GPU draw different ones.
+    holds them and any number of ranks can go on from them.
 
     Args:
-        rate: fraction of the classes to walk, 0 <= rate <= 1. The positives are walked whatever it is.
+        rate: fraction of the classes that are active, 0 <= rate <= 1. The positives are, whatever it is.
         state: tensor with the seed and the number of steps; counted up in place.
         first_class: first class of this shard.
     """
@@ -173,14 +62,75 @@ class Sampler:
 
     def draw(self, target: Tensor, num_classes: int) -> Tensor:
         """`sample_classes` for this step; targets outside [0, num_classes) are other shards' or ignored."""
-        count = round(self.rate * num_classes)
-        if fits(target, count):
-            keys = random_keys(self.state.to(target.device), self.first_class, num_classes + 1)
-            self.state[1] += 1
-            return by_keys(keys, target, count)
-        seed, step = self.state.tolist()
-        self.state[1] += 1
-        if not num_classes:  # more ranks than classes
-            return torch.empty(0, dtype=torch.int64, device=target.device)
-        generator = torch.Generator(target.device).manual_seed(mixed(seed, step, self.first_class))
-        return sample_classes(target, num_classes, count, generator)
+        state, count = self.state.to(target.device), round(self.rate * num_classes)
+        ids = draw(target, state, self.first_class, num_classes, count)
+        self.state[1:].add_(1)
+        return ids
+
+
+def draw(target: Tensor, state: Tensor, first_class: int, num_classes: int, num_samples: int) -> Tensor:
+    """The classes in `target` and as many others as `num_samples` has room for, in order.
+
+    state: [2] int64, which with the first class decides what is drawn.
+    """
+    if num_samples == num_classes:
+        return torch.arange(num_classes, device=target.device)
+    if len(target) > num_samples:
+        target = target[(target >= 0) & (target < num_classes)].unique()  # its size is data
+        if len(target) >= num_samples:
+            return target
+    return draw_op(target, state, first_class, num_classes, num_samples, backend_of(target.device))
+
+
+def backend_of(device: torch.device) -> str:
+    """The kernels where a loss would use them; else torch, which draws the same."""
+    chosen = "torch" if why_not_triton(device, torch.int64) else current_backend(device, torch.int64)
+    return chosen if chosen in ("auto", "triton") else "torch"
+
+
+# An op for compilers: to Inductor a product of an arange is an index, and those may have 32 bits.
+@torch.library.custom_op("tritonmargin::draw", mutates_args=())
+@falling_back
+def draw_op(
+    target: Tensor,  # [N] int64, N <= num_samples
+    state: Tensor,
+    first_class: int,
+    num_classes: int,
+    num_samples: int,  # < num_classes
+    backend: str,
+) -> Tensor:
+    if backend == "torch":
+        return draw_by_torch(target, state, first_class, num_classes, num_samples)
+    from tritonmargin.kernels.draw import draw_by_triton  # Triton is imported when it is first used
+
+    return draw_by_triton(target, state, first_class, num_classes, num_samples)
+
+
+@draw_op.register_fake
+def _(target, state, first_class, num_classes, num_samples, backend):  # type: ignore[no-untyped-def]
+    return target.new_empty(num_samples)
+
+
+def draw_by_torch(target: Tensor, state: Tensor, first_class: int, num_classes: int, num_samples: int) -> Tensor:
+    """The candidates are the classes of the lowest ranks in a random order. A label that is none of them replaces the
+    last one that is no label.
+
+    So the other classes are the first of those that are no labels: each set of them is as likely. No size is data.
+    """
+    order = Permutation(state, first_class, num_classes)
+    ids = order.at(torch.arange(num_samples + 1, device=target.device))  # one more, for what is not to be written
+    if not len(target):
+        return ids[:num_samples].sort().values
+    label = torch.where((target >= 0) & (target < num_classes), target, num_classes).sort().values
+    first = label < num_classes
+    first[1:] &= label[1:] != label[:-1]  # equal ones count once
+    rank = order.rank(label.clamp(max=num_classes - 1))
+    missing = first & (rank >= num_samples)
+    hits = torch.where(first & (rank < num_samples), rank, -1).sort(descending=True).values
+    # How many candidates behind each hit are no labels. The m-th of these from the end has m of them behind it.
+    behind = num_samples - 1 - hits - torch.arange(len(hits), device=hits.device)
+    behind = torch.where(hits >= 0, behind, num_samples)
+    m = missing.cumsum(0) - 1
+    replaced = num_samples - 1 - m - torch.searchsorted(behind, m, right=True)
+    ids.scatter_(0, torch.where(missing, replaced, num_samples), label)
+    return ids[:num_samples].sort().values
