@@ -91,13 +91,16 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(("empty", "new_empty")):
+        poison = name == "fill_" and torch.are_deterministic_algorithms_enabled()  # see conftest.py
+        if not func.is_view and not poison and not name.startswith(("empty", "new_empty")):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("n", [20, 0])
-def test_a_draw_takes_at_most_eight_calls_of_the_device(n: int, launched: list[Any]) -> None:
+def test_a_draw_takes_at_most_eight_calls_of_the_device(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []  # and not run: what plays a GPU computes with torch
+    monkeypatch.setattr(draw_kernels, "call", lambda kernel, *args, **options: launched.append(kernel))
     state, target = torch.tensor([1, 2], device=DEVICE), torch.arange(n, device=DEVICE) * 7
     with Calls() as calls:
         Sampler(0.1, state).draw(target, 1000)
