@@ -57,7 +57,10 @@ def usage() -> Iterator[None]:
 
 
 def words(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    found = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    if text is not None and not found:
+        raise typer.BadParameter(f"{text!r} is an empty list")
+    return found
 
 
 def number(text: str | int) -> int:
@@ -66,7 +69,7 @@ def number(text: str | int) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value < 1 or value != int(value):
+    if not 1 <= value < 1e18 or value != int(value):
         raise typer.BadParameter(f"{text!r} is no whole number of at least 1")
     return int(value)
 
@@ -123,7 +126,7 @@ def run(
     losses: Annotated[str | None, typer.Option(help=f"among {', '.join(LOSSES)}")] = None,
     providers: Annotated[str | None, typer.Option(help="see `python -m perf providers`")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="a head of your own: my_head.py:MyHead")] = None,
-    modes: Annotated[str | None, typer.Option(help=f"among {', '.join(MODES)}")] = None,
+    modes: Annotated[str | None, typer.Option(help=f"among {', '.join([*MODES[:5], *plans.SHORT])}")] = None,
     longest: Annotated[float | None, typer.Option(min=0, help="seconds of a step; longer ones are left out")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="of the run; no size begins after that")] = None,
     out: Annotated[Path | None, typer.Option(help=f"folder of the results; {LOCAL}/PLAN")] = None,
@@ -157,10 +160,12 @@ def run(
         torch.set_num_threads(threads)
     facts = machine.describe(device) | {"plan": name}
     folder = out or LOCAL / name
+    with usage():
+        folder.mkdir(parents=True, exist_ok=True)
+        if held := results.another_machine(folder, facts):
+            raise ValueError(f"{folder} holds results of another machine ({held}): choose another folder, --out")
     if (folder / "results.csv").exists():
-        loaded(folder)
-    if held := results.another_machine(folder, facts):
-        raise typer.BadParameter(f"{folder} holds results of another machine ({held}): choose another folder, --out")
+        console.print(f"{len(loaded(folder).rows)} cases are in {folder} already; --fresh measures them again")
     console.print(machine.one_line(facts))
     if facts["load_before"] and facts["load_before"] > 0.5:
         console.print(f"[yellow]the machine is not idle (load {facts['load_before']}): times will be off")
@@ -215,7 +220,7 @@ def compare(
     bad = compares.regressions(found, threshold)
     console.print(f"{len(found)} cases compared, {len(said)} changed.", compares.words(found, threshold))
     for line in bad:
-        console.print(f"[red]{line}")
+        console.print(line, style="red", markup=False)
     raise typer.Exit(1 if bad else 0)
 
 
@@ -350,9 +355,6 @@ def gate(
 # -- plan --------------------------------------------------------------------------------------------------------
 
 
-Item = Literal["float32", "bfloat16"]
-
-
 @app.command()
 def plan(
     classes: Annotated[int, typer.Option(parser=number, help="of all ranks, e.g. 1e6")] = 1_000_000,
@@ -364,18 +366,14 @@ def plan(
     sample_rate: Annotated[float, typer.Option(min=0, max=1, help="of the classes in a step")] = 1.0,
     gradient: Annotated[Literal["dense", "sparse", "backward"], typer.Option(help="backward: none is kept")] = "dense",
     optimizer: Annotated[Literal["sgd", "momentum", "adamw"], typer.Option()] = "momentum",
-    dtype: Annotated[Item | None, typer.Option(help="of the products; float32, on a GPU bfloat16")] = None,
-    weight_dtype: Annotated[Item, typer.Option()] = "float32",
-    state_dtype: Annotated[Item, typer.Option(help="of the optimiser")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="of the products")] = None,
 ) -> None:
     """Memory of a rank by formula, and which settings fit. Exits with 1 if none does."""
     from perf.planner import memory as planner
 
     size = {name: size for size, name in planner.ITEMS.items()}
     products = size[dtype or ("bfloat16" if gpu else "float32")]
-    head = planner.Head(
-        classes, dim, batch, ranks, sample_rate, gradient, optimizer, size[weight_dtype], size[state_dtype], products
-    )
+    head = planner.Head(classes, dim, batch, ranks, sample_rate, gradient, optimizer, compute_item=products)
     made = planner.plan(head, gpu, None if memory is None else memory * 1e9)
     boxed(planner.plan_table(made), f"GB of a rank: {head.title}")
     console.print(planner.verdict(made), soft_wrap=True)

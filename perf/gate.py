@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from perf.kernels.ttsem import played
-from perf.report.terminal import console, digits
+from perf.kernels.ttsem import MISSING, played
+from perf.report.terminal import console
 from perf.suite import accuracy, results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def check_accuracy(out: Path, dry: bool) -> None:
 def run(out: Path, minutes: float, dry: bool, progress: Callable[[float, str], Any]) -> bool:
     """Every step that is not done; whether all are done now."""
     if dry and importlib.util.find_spec("ttsem") is None:
-        raise ValueError("--dry-run needs ttsem, which executes the kernels: pip install -e '.[perf,test,kernels]'")
+        raise ValueError(f"--dry-run executes the kernels: {MISSING}")
     if not dry and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here; --dry-run shows that the gate works")
     path = (out := out.resolve()) / "gate.json"
@@ -115,7 +115,9 @@ def run(out: Path, minutes: float, dry: bool, progress: Callable[[float, str], A
         results.replace(path, json.dumps(state, indent=1).encode() + b"\n")
     if (out / "results.csv").exists():
         one(Step("page", 1.0, ("-m", "perf", "report", str(out))), out, 120.0)
-    console.print("\n".join(verdict(out, state)), markup=False)
+        console.print((out / "page.log").read_text(), markup=False)  # the table that it begins with
+    lines = [f"{name:13} {step['status']:10} {step['line']}" for name, step in found.items()]
+    console.print("\n".join(lines + ["A dry run: none of its times says anything."] * dry), markup=False)
     return all(step["status"] == "done" for step in found.values())
 
 
@@ -149,16 +151,3 @@ def one(step: Step, out: Path, left: float) -> dict[str, Any]:
     status = "partial" if late else "failed" if code else "done"
     line = f"exit code {code}: {line}" if status == "failed" else line
     return {"status": status, "line": line, "seconds": round(time.monotonic() - begin, 1)}
-
-
-def verdict(out: Path, state: dict[str, Any]) -> list[str]:
-    """A line for each step, and one for each loss, size and mode that is measured first."""
-    lines = [f"{name:13} {step['status']:10} {step['line']}" for name, step in state["steps"].items()]
-    rows = results.load(out).rows
-    rows = rows[(rows["N"] == 1024) & (rows["D"] == 512) & (rows["dtype"] == "bfloat16") & rows["median_s"].notna()]
-    for (loss, classes, mode), part in rows.groupby(["loss", "C", "mode"]):
-        part = part.sort_values("median_s")
-        wrong = part["wrong"].astype(bool).map({True: " (wrong)", False: ""})
-        times = part["provider"] + " " + (1e3 * part["median_s"]).map(digits) + wrong
-        lines.append(f"{loss}, {mode}, N=1024, D=512, C={classes:,}, bfloat16, ms: {'; '.join(times)}")
-    return lines + ["A dry run: none of its times says anything."] * state["dry_run"]

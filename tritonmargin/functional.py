@@ -375,8 +375,10 @@ def target_logit(
 
 
 def walk_positions(own: Tensor, class_ids: Tensor, classes: int, shard: Shard | None, given: bool) -> Tensor:
-    """`checks.positions` among ids; if a user gave them, an error on one rank is one on all."""
-    if shard is None or not given:
+    """`checks.positions` among the ids that a user gave, an error on one rank is one on all; or among those drawn."""
+    if not given:  # sorted, and every label is among them: nothing to look at
+        return torch.searchsorted(class_ids, own).masked_fill_(own < 0, -1)
+    if shard is None:
         return checks.positions(own, class_ids, classes, -1)
     row, error = own, None
     try:

@@ -6,6 +6,7 @@ looked at in an op of the library, where ttsem is off: these are some operations
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -61,7 +63,7 @@ def step_of(
     options["chunk_bytes"] = classes // chunks * (n + 2 * d) * 4
     head = tm.MarginSoftmaxLoss(d, classes, margin(), device=device, dtype=dtype, **options)
     x = torch.randn(n, d, device=device).to(dtype).requires_grad_()
-    y = torch.randint(classes, (n,), device=device)
+    y = torch.randint(int(classes * options.get("sample_rate", 1.0)), (n,), device=device)
     optimizer = tm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
     if in_backward:
         head.update_in_backward(optimizer)
@@ -98,10 +100,15 @@ def operations(events: list[Any]) -> Iterator[bool]:
 
 
 def no_launches(launched: list[Any]) -> Any:
-    """Inside, every launch is an entry of the list. None runs: no operation of a step depends on a value."""
+    """Inside, a launch is an entry of the list and does not run. A sample that nobody drew is the first classes."""
     from triton.runtime.jit import JITFunction
 
-    return mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel))
+    def launch(kernel: Any, *args: Any, **_: Any) -> None:
+        launched.append(kernel)
+        if kernel.fn.__name__ == "candidates_kernel":
+            ctypes.memmove(args[1].data_ptr(), np.arange(len(args[1])).ctypes.data, args[1].nbytes)
+
+    return mock.patch.object(JITFunction, "run", launch)
 
 
 def count_all() -> dict[str, dict[str, int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perf.kernels.gpus import Gpu
-from tritonmargin.kernels import products, tiles, torch_ops, triton_ops, updates
+from tritonmargin.kernels import draw, products, tiles, torch_ops, triton_ops, updates  # noqa: F401  draw is imported before step_ops interprets
 
 Launches = dict[str, Callable[..., object]]
 Tiles = tiles.Tiles

@@ -89,10 +89,7 @@ def memory(head: Head, chunk: int) -> Memory:
     gradient = graded * head.dim * head.weight_item
 
     # The drawing of a sample, its sort and the sort's buffers.
-    drawn = 48 * head.active * sampled
-    if sampled and head.fused and head.samples <= round(head.rate * head.rows):
-        drawn = max(16 * head.rows, 8 * head.rows + drawn)  # a number for every class; while they are mixed, another
-    draw = ("draw", 0, drawn, 2 * own + everyone * (head.ranks > 1))
+    draw = ("draw", 0, 48 * head.active * sampled, 2 * own + everyone * (head.ranks > 1))
 
     # The end of the class pass in forward, when the targets' rows are gathered and the chunk's buffers are still there.
     buffers = (rows + tile) * head.compute_item + 3 * 4 * chunk + 4 * rows * torch_low
@@ -198,7 +195,7 @@ def verdict(made: Plan) -> str:
         head, found = made.fitting
         return f"fits on {where}: {head.setting}; {gb(found.peak)} GB a rank by formula"
     ranks = ranks_needed(made.options[-1][0], made.gpu, made.capacity)
-    more = f"{ranks} ranks would do with the last of them" if ranks else "more ranks do not help"
+    more = f"{ranks} ranks would do with the last of them" if ranks else f"not even {MOST_RANKS:,} ranks would do"
     return f"no setting fits on {where}; {more}"
 
 

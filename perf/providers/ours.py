@@ -38,19 +38,6 @@ class Retaining(Ours):
     options: ClassVar = {**COMMON, "retain": 1.0}
 
 
-class WithoutKernels(Ours):
-    """The torch backend on a GPU: what the Triton kernels have to be faster than."""
-
-    name, title = "ours-torch", "tritonmargin, torch backend"
-
-    def supports(self, problem: Problem) -> str | None:
-        return super().supports(problem) if problem.on_gpu else "on a CPU ours is that"
-
-    def forward(self) -> Tensor:
-        with tm.use_backend("torch"):
-            return super().forward()
-
-
 class Head(Provider):
     """The module, with its rows updated in backward."""
 
@@ -120,4 +107,4 @@ class Sampled(Head):
         return self.weight.grad.coalesce().indices()[0]
 
 
-PROVIDERS = (Ours, Retaining, WithoutKernels, InBackward, Sampled)
+PROVIDERS = (Ours, Retaining, InBackward, Sampled)

@@ -95,7 +95,8 @@ def errors(found: Findings) -> pd.DataFrame:
 
 def missing(found: Findings) -> pd.DataFrame:
     """What was not measured, or not all of it, and why."""
-    rows = found.rows[(found.rows["note"] != "") | (found.rows["samples"] == 0)]
+    rows = found.rows[(found.rows[["note", "wrong"]] != "").any(axis=1) | (found.rows["samples"] == 0)]
+    rows = rows.assign(note=rows["note"].where(rows["wrong"] == "", "WRONG, not ranked: " + rows["wrong"]))
     lines = []
     for (title, note), part in rows.groupby(["title", "note"], sort=False):
         sizes = [f"{r.loss}, {r.dtype}, N={r.N}, D={r.D}, C={r.C:,}" for r in part.drop_duplicates(SIZE).itertuples()]

@@ -19,7 +19,7 @@ from perf.report.terminal import megabytes, seconds
 # Ours in warm colours, others in cold ones, legible on white and on black; markers tell them apart without colour.
 LOOK = {
     "ours": ("#e03131", "o"), "ours-retain": ("#f08c00", "s"), "ours-in-backward": ("#c2449b", "D"),
-    "ours-sampled": ("#c9a000", "P"), "ours-torch": ("#e377c2", "X"),
+    "ours-sampled": ("#c9a000", "P"),
     "plain": ("#868e96", "o"), "plain-compiled": ("#3b82c4", "s"),
     "plain-sampled": ("#a9a9a9", "P"), "pml": ("#2f9e44", "^"), "insightface": ("#1098ad", "v"),
     "torch-lce": ("#6a8fd8", "<"), "torch-lce-chunked": ("#8e6fd0", ">"), "torch-lce-rows64": ("#3f9fd2", "*"),

@@ -81,8 +81,9 @@ def find(results: Results) -> Findings:
 
 
 def right(rows: pd.DataFrame) -> pd.DataFrame:
-    """What may be ranked: measured, not wrong, and with the default options."""
-    return rows[(rows["samples"] > 0) & (rows["wrong"] == "") & ~rows["provider"].str.contains(SWEPT, regex=False)]
+    """What may be ranked: measured, not wrong, alive to the end, and with the default options."""
+    good = (rows["samples"] > 0) & (rows["wrong"] == "") & ~rows["note"].str.contains("process died|gone")
+    return rows[good & ~rows["provider"].str.contains(SWEPT, regex=False)]
 
 
 def versus_ours(rows: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
@@ -47,9 +48,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def boxed(frame: pd.DataFrame, heading: str) -> None:
     columns = [Column(str(name), justify="left" if is_words(frame[name]) else "right") for name in frame]
-    box = Table(*columns, title=heading, title_justify="left")
+    box = Table(*columns, title=escape(heading), title_justify="left")
     for row in frame.itertuples(index=False):
-        box.add_row(*map(str, row))
+        box.add_row(*(escape(str(cell)) for cell in row))
     console.print(box)
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import resource
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -60,10 +59,9 @@ def file_of(size: int) -> Iterator[str]:
 
     A file in memory (memfd) has no name and no limit of its own, and goes when its last user goes.
     """
-    memfd = hasattr(os, "memfd_create")  # on Linux
-    with open(os.memfd_create("tritonmargin-perf"), "wb") if memfd else tempfile.NamedTemporaryFile() as file:
+    with open(os.memfd_create("tritonmargin-perf"), "wb") as file:
         file.truncate(size)
-        yield f"/proc/{os.getpid()}/fd/{file.fileno()}" if memfd else file.name
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def tensor_of(path: str, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -79,15 +79,20 @@ def load(folder: Path) -> Results:
     def table(name: str) -> pd.DataFrame:
         path = folder / name
         if path.suffix == ".csv" and path.exists() and not path.read_bytes().endswith(b"\n"):
-            raise ValueError(f"{name} ends in the middle of a line")
+            raise ValueError(f"{name} is empty or ends in the middle of a line; delete it, or choose another folder")
         try:
             frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
         except (FileNotFoundError, pd.errors.EmptyDataError):
             return pd.DataFrame(columns=FILES[name])
+        if lacks := {*FILES[name][:12]} - {*frame.columns}:
+            raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacks))}")
         return frame.fillna({column: "" for column in ("wrong", "note", "position") if column in frame})
 
     path = folder / "runs.json"
-    return Results(*map(table, FILES), json.loads(path.read_text()) if path.exists() else {})
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(runs, dict):
+        raise ValueError("runs.json is not what a run leaves")
+    return Results(*map(table, FILES), runs)
 
 
 def save(folder: Path, results: Results) -> None:

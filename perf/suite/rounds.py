@@ -25,7 +25,10 @@ from perf.suite.worker import Failed, Worker
 # Two implementations of one loss differ by rounding, and not by more than this.
 AGREE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 3e-2, "float16": 3e-2, "tf32": 1e-2}
 PAUSE = 0.002  # seconds: threads that wait for work of another process spin a little before they sleep
-COMPILING = 300.0  # seconds that a first step may take where it compiles
+COMPILING, PREPARING = (
+    300.0,
+    60.0,
+)  # seconds that a first step may take where it compiles, a check or W's copy elsewhere
 
 
 class History(dict[tuple[str, str, str], list[tuple[Problem, float]]]):
@@ -125,12 +128,16 @@ class Rounds:
             return
         worker = self.alive(name)
         try:
-            why = worker.ask("supports", self.problem)
+            patience = COMPILING if class_of(name).compiles or self.problem.on_gpu else PREPARING
+            why = worker.ask("supports", self.problem, timeout=patience)
             if why is None:
                 if name != BASELINE:
-                    self.errors[name] = self.check(worker)
+                    self.errors[name] = self.check(worker, patience)
                 worker = self.alive(name)
-                worker.ask("prepare", self.problem, files)
+                if "stopped after" not in self.errors.get(name, {}).get("wrong", ""):
+                    worker.ask("prepare", self.problem, files, timeout=patience)
+                else:
+                    why = self.errors[name]["wrong"]
         except Failed as failure:
             why = str(failure)
         if why is not None:
@@ -142,13 +149,13 @@ class Rounds:
             self.workers[name] = Worker(name, self.threads)
         return self.workers[name]
 
-    def check(self, worker: Worker) -> Row:
+    def check(self, worker: Worker, patience: float) -> Row:
         small = accuracy.small(self.problem)
         key = worker.name, small.loss, small.dtype, small.d
         if key not in self.checks:
             with buffers(small) as files:
                 try:
-                    found = worker.ask("check", small, files, timeout=COMPILING)
+                    found = worker.ask("check", small, files, timeout=patience)
                     self.checks[key] = {**found, "wrong": accuracy.wrong(found, small.dtype)}
                 except Failed as failure:
                     self.checks[key] = {"wrong": f"the check failed: {failure}"}

@@ -90,7 +90,7 @@ def serve(pipe: Connection, name: str, source: str | None, threads: int) -> None
     while True:
         try:
             command, arguments = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, ConnectionError, KeyboardInterrupt):
             return
         try:
             problem = next((each for each in arguments if isinstance(each, Problem)), problem)
