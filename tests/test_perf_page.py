@@ -84,6 +84,8 @@ def test_the_first_screen_answers_and_the_rest_is_linked(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} >= {"time.png", "memory.png"}
     assert "24 of 24" in (tmp_path / "summary.md").read_text()
     assert str(tmp_path) not in text
+    found = made()._replace(rows=made().rows.iloc[1:])  # one less in float32: the pictures and the sentence go together
+    assert re.search("bfloat16: 123 ms.*arcface, bfloat16, N=256", written(tmp_path, found), re.DOTALL)
 
 
 @pytest.mark.parametrize("theirs", [0.5051, 0.9949, 1.0051, 1.117, 3.3333])

@@ -217,7 +217,8 @@ def sentence(found: Findings) -> str:
                 f"in {slower}, and within noise in {equal}.")  # fmt: skip
     if found.headline.empty:
         return said
-    line = found.headline.sort_values(["others", "C"], kind="stable").iloc[-1]
+    drawn = found.headline[found.headline["dtype"] == found.main.dtype]  # what the pictures show, if it is there
+    line = (found.headline if drawn.empty else drawn).sort_values(["others", "C"], kind="stable").iloc[-1]
     graph = f" ({seconds(line['graph_s'])} in a CUDA graph)" if pd.notna(line["graph_s"]) else ""
     theirs = cost(line["median_s_other"], line["beyond_mb_other"])
     other = f". The fastest other, {line['title_other']}: {theirs}" if line["others"] else ""
