@@ -149,10 +149,23 @@ def stochastic(value: Tensor, generator: torch.Generator) -> Tensor:
 def store_rounded(pointer, value, place, mask, seed, STOCHASTIC: tl.constexpr):
     """Store float32 as the pointer's dtype, bfloat16 by chance if STOCHASTIC."""
     if STOCHASTIC and pointer.dtype.element_ty == tl.bfloat16:
-        noise = (tl.randint(seed, place) & 65535).to(tl.int32)
+        noise = random_bits(place, seed) & 65535
         rounded = ((value.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
         value = tl.where(tl.abs(rounded) < float("inf"), rounded, value)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def random_bits(place, seed):
+    """32 bits by a hash of where a number is stored: rounding by chance needs no more, and Philox fills the registers.
+
+    The hash is lowbias32 of C. Wellons' "hash-prospector", whose bias is below 0.2 in a million.
+    """
+    low, high = place.to(tl.uint32), (place >> 32).to(tl.uint32)
+    bits = (low ^ (high * 0x9E3779B9)) + seed.to(tl.uint32) * 0x85EBCA6B
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return (bits ^ (bits >> 16)).to(tl.int32, bitcast=True)
 
 
 def mixed(*numbers: int) -> int:

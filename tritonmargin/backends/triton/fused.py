@@ -1,0 +1,83 @@
+"""The whole loss in kernels: softmax cross-entropy of one rank's classes under a margin that has a formula."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmargin.backends.triton import row_kernels as rows_of
+from tritonmargin.backends.triton.class_pass import Needs, Saved, backward_pass, forward_pass
+from tritonmargin.backends.triton.launch import blocks, call
+from tritonmargin.backends.triton.plan import plan_for
+from tritonmargin.spec import PassInputs, PassSpec
+
+if TYPE_CHECKING:
+    from tritonmargin.margins.base import RowFormula
+
+
+class Loss(NamedTuple):
+    """What the loss is, beside the tensors that have gradients."""
+
+    inputs: PassInputs
+    spec: PassSpec
+    formula: RowFormula
+    class_weight: Tensor | None  # [C]
+    mean_total: Tensor | None  # [] sum of a; None: 1
+    smoothing: float
+    reduction: str
+    updater: Any  # RowOptimizer | None
+
+
+def fused_loss(loss: Loss) -> Tensor:
+    inputs = loss.inputs
+    found: Tensor = FusedLoss.apply(inputs.x, inputs.weight, inputs.bias, loss)
+    return found
+
+
+class FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, loss: Loss) -> Tensor:
+        inputs, spec, formula = loss.inputs, loss.spec, loss.formula
+        plan = plan_for(x, weight, inputs.class_ids, spec)
+        saved, slots = forward_pass(inputs, spec, plan, loss.class_weight)
+        n, line = plan.n, plan.line
+        grads = torch.empty((rows_of.GRADS, line), dtype=torch.float32, device=x.device)
+        losses = torch.empty((2, n), dtype=torch.float32, device=x.device)
+        assert slots.total is not None
+        call(
+            rows_of.loss_kernel, blocks(line, 8), slots.total, slots.maximum, slots.mean, saved.numbers, saved.label,
+            grads, losses, formula.numbers, loss.mean_total, n, line, slots.total.shape[0], spec.scale, loss.smoothing,
+            FORMULA=formula.function, MARGIN=formula.options, UNIT=(spec.unit_embeddings, spec.unit_weight),
+            BIAS=bias is not None, WEIGHTED=loss.class_weight is not None, BLOCK_N=8, BLOCK_S=256, num_warps=8,
+        )  # fmt: skip
+        factor = None
+        if loss.reduction == "none":
+            found = losses[0]
+        else:
+            found, factor = grads.new_empty(()), grads.new_empty(())
+            call(rows_of.sum_kernel, 1, losses, found, factor, n, MEAN=loss.reduction == "mean", BLOCK=1024)
+        ctx.save_for_backward(*inputs, grads, factor, *saved)
+        ctx.loss, ctx.plan, ctx.weight, ctx.done = loss._replace(inputs=None), plan, weight, False
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        tensors = ctx.saved_tensors
+        inputs, (grads, factor), saved = PassInputs(*tensors[:8]), tensors[8:10], Saved(*tensors[10:])
+        loss, plan = ctx.loss, ctx.plan
+        factors: tuple[Tensor, ...] = (upstream, factor)
+        if factor is None:
+            each = torch.empty_like(grads)
+            call(rows_of.upstream_kernel, blocks(plan.line, 128), grads, upstream, each, plan.n, plan.line,
+                 upstream.stride(0), LINES=rows_of.GRADS, BLOCK=128)  # fmt: skip
+            grads, factors = each, ()
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        scaled = loss.formula.function is not None and not loss.spec.unit_embeddings
+        found = backward_pass(
+            inputs, saved, grads, factors, Needs(need_x, need_weight, need_bias), loss.spec, plan,
+            norms=(scaled, scaled and not loss.spec.unit_weight), own_bias=True,
+        )  # fmt: skip
+        return found.x, found.weight, found.bias, None

@@ -1,0 +1,130 @@
+"""The class pass as numbers per sample, for margins and objectives in PyTorch; see `backends.types.Backend`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonmargin.backends.triton import row_kernels as rows_of
+from tritonmargin.backends.triton.class_pass import (
+    Exact,
+    Needs,
+    Saved,
+    Slots,
+    backward_pass,
+    forward_pass,
+)
+from tritonmargin.backends.triton.launch import blocks, call
+from tritonmargin.backends.triton.plan import Plan, plan_for
+from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
+
+
+def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
+    plan = plan_for(inputs.x, inputs.weight, inputs.class_ids, spec)
+    saved, slots = forward_pass(inputs, spec, plan)
+    n, x = plan.n, inputs.x
+    empty = x.new_empty(0, dtype=torch.float32)
+    out = torch.empty((5, n), dtype=torch.float32, device=x.device)
+    if n:
+        call(
+            rows_of.numbers_kernel, blocks(plan.line, 8), slots.total, slots.maximum, slots.mean, saved.numbers,
+            saved.label, out, n, plan.line, slot_count(slots.total), n, BLOCK_N=8, BLOCK_S=256, num_warps=8,
+        )  # fmt: skip
+    rest, product, norm_w, norm_x, mean = out.unbind(0)
+    if inputs.threshold is not None and n:
+        saved.numbers[rows_of.REST.value, :n] = inputs.threshold * rows_of.LOG2E.value
+    hinge, violations = empty, empty
+    if slots.hinge is not None and slots.violations is not None:
+        hinge, violations = slots.hinge.sum(dim=0), slots.violations.sum(dim=0)
+    hardest_product, hardest_row, exact = empty, empty.to(torch.int64), None
+    if slots.hardest is not None and slots.hardest_row is not None:
+        hardest_product, hardest_row, exact = hardest_of(inputs, spec, plan, saved, slots)
+    output = PassOutput(
+        rest=rest if spec.want_rest else empty,
+        target_product=product,
+        target_norm=norm_w,
+        embedding_norm=norm_x,
+        mean_logit=empty if inputs.mean_weight is None else mean,
+        hinge=hinge,
+        violations=violations,
+        hardest_product=hardest_product,
+        hardest_row=hardest_row,
+    )
+    kept = [*saved[:3], saved.class_numbers, saved.target_rows, saved.rows, saved.logits, *(exact or (None,) * 3)]
+    return output, tuple(empty if each is None else each for each in kept)
+
+
+def slot_count(slots: Tensor | None) -> int:
+    return 0 if slots is None else slots.shape[0]
+
+
+def hardest_of(
+    inputs: PassInputs, spec: PassSpec, plan: Plan, saved: Saved, slots: Slots
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The exact product with the hardest class's row, its position; and position, row and product for backward."""
+    assert slots.hardest is not None and slots.hardest_row is not None
+    highest, row = hardest_slot(slots.hardest, slots.hardest_row)
+    found = row.clamp(min=0).long()
+    place = found if inputs.class_ids is None or not plan.active else inputs.class_ids.index_select(0, found)
+    rows = inputs.x.new_zeros((plan.n, plan.d), dtype=torch.float32)
+    if plan.active:
+        rows = torch.where(row[:, None] >= 0, inputs.weight.index_select(0, place).float(), 0.0)
+    if spec.unit_weight:
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        rows = rows * torch.where(norm < rows_of.SMALLEST.value, 0.0, 1.0 / norm)[:, None]
+    factor = torch.full_like(highest, spec.scale)
+    if spec.unit_embeddings:
+        factor = factor * saved.numbers[rows_of.INVERSE_X.value, : plan.n]
+    x = torch.where(saved.label[: plan.n, None] != rows_of.IGNORED.value, inputs.x.float(), 0.0)
+    product = (x * rows).sum(dim=1) * factor
+    exact = torch.where((row < 0) | highest.isnan(), highest, product)
+    position = torch.full((plan.line,), -2, dtype=torch.int32, device=row.device)
+    position[: plan.n] = row
+    products = torch.zeros(plan.line, dtype=torch.float32, device=row.device)
+    products[: plan.n] = product
+    return exact, row.long(), (position, rows, products)
+
+
+def hardest_slot(hardest: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:  # [slots, N] -> [N]
+    """The hardest logit of all slots and its position, the lowest of equal ones."""
+    if row.shape[0] == 0:
+        return hardest.new_full(hardest.shape[1:], -torch.inf), row.new_full(row.shape[1:], -1)
+    highest = hardest.amax(dim=0)
+    absent = torch.iinfo(row.dtype).max
+    lowest = torch.where((hardest == highest) & (row >= 0), row, absent).amin(dim=0)
+    # A logit that is nan equals nothing: its sample keeps the row that some slot has.
+    return highest, torch.where(lowest == absent, row.amax(dim=0), lowest)
+
+
+def backward(
+    inputs: PassInputs,
+    saved: tuple[Tensor, ...],
+    grads: PassGrads,
+    needs: tuple[bool, bool, bool],
+    spec: PassSpec,
+    update: RowUpdate | None = None,
+) -> InputGrads:
+    plan = plan_for(inputs.x, inputs.weight, inputs.class_ids, spec)
+    kept = Saved(*(each if each.numel() or i in (0, 1, 2, 4) else None for i, each in enumerate(saved[:7])))  # type: ignore[arg-type]
+    made = torch.empty((rows_of.GRADS, plan.line), dtype=torch.float32, device=inputs.x.device)
+    pass_grad = grads.hinge if inputs.threshold is not None else grads.rest
+    if not plan.n:
+        pass_grad = None
+    given = (pass_grad, grads.target_product, grads.embedding_norm, grads.target_norm, grads.mean_logit)
+    strided = tuple(None if each is None else (each, each.stride(0)) for each in given)
+    if plan.line:
+        call(rows_of.gradients_kernel, blocks(plan.line, 128), saved[1], strided, made, plan.n, plan.line, MEAN=False,
+             BLOCK=128)  # fmt: skip
+    hardest = None
+    if grads.hardest_product is not None:
+        gradient = torch.zeros(plan.line, dtype=torch.float32, device=inputs.x.device)
+        gradient[: plan.n] = grads.hardest_product
+        hardest = Exact(saved[7], saved[8], saved[9], gradient)
+    return backward_pass(
+        inputs, kept, made, (), Needs(*needs), spec, plan,
+        update=update,
+        through=pass_grad is not None or grads.mean_logit is not None,
+        norms=(grads.embedding_norm is not None, grads.target_norm is not None),
+        hardest=hardest,
+    )  # fmt: skip
