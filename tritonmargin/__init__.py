@@ -1,8 +1,8 @@
 """tritonmargin: softmax cross-entropy with margins over millions of classes, without the N x C logits."""
 
 from tritonmargin import checkpoint, optim, reference
-from tritonmargin.functional import Stats, linear_cross_entropy, margin_cross_entropy
-from tritonmargin.kernels import use_backend
+from tritonmargin.backends.registry import use_backend
+from tritonmargin.functional import linear_cross_entropy, margin_cross_entropy
 from tritonmargin.margins import (
     Annealing,
     ArcFace,
@@ -20,6 +20,7 @@ from tritonmargin.margins import (
 )
 from tritonmargin.modules import MarginSoftmaxLoss
 from tritonmargin.sampling import sample_classes
+from tritonmargin.spec import Stats
 
 __version__ = "0.1.0"
 

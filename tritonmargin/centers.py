@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tritonmargin.agree import CheckpointError, Ranks
-from tritonmargin.kernels.torch_ops import accumulate, inverse_norm
+from tritonmargin.backends.precision import accumulate
+from tritonmargin.backends.torch_ops import inverse_norm
+from tritonmargin.distributed.agreement import CheckpointError, Ranks
+from tritonmargin.distributed.shard import Shard, shard_range
 from tritonmargin.modules import MarginSoftmaxLoss
-from tritonmargin.parallel import Shard, shard_range
 
 FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INSIGHTFACE = ("rank_{}_softmax_weight.pt", "checkpoint_gpu_{}.pt")

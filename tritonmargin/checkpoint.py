@@ -36,8 +36,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from tritonmargin.agree import CheckpointError, Ranks, describe, in_background
 from tritonmargin.centers import export_centers, import_insightface
+from tritonmargin.distributed.agreement import CheckpointError, Ranks, describe, in_background
 from tritonmargin.manifest import (
     PARTIAL,
     clear,

@@ -3,106 +3,51 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tritonmargin.margins import Margin
-from tritonmargin.objectives import OBJECTIVES
-
-if TYPE_CHECKING:
-    from tritonmargin.optim import RowOptimizer
-
-REDUCTIONS = ("mean", "sum", "none")
+from tritonmargin.spec import LossInputs
 
 
-def check_call(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    margin: Margin,
-    bias: Tensor | None,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    objective: str,
-    sub_centers: int,
-    retain_bytes: int,
-    chunk_bytes: int | None,
-    logq_correction: bool = False,
-    updater: RowOptimizer | None = None,
-    sharded: bool = False,
-) -> None:
+def check_inputs(inputs: LossInputs, sharded: bool) -> None:
     """Everything that shapes, dtypes and devices can tell. What labels hold is looked at in `positions`."""
-    check_matrix("embeddings", embeddings, "[N, D]")
-    check_matrix("weight", weight, "[C, D]")
-    n, d = embeddings.shape
-    classes = weight.shape[0]
-    if weight.shape[1] != d:
-        raise ValueError(f"embeddings and weight must have the same width D, got {d} and {weight.shape[1]}")
+    check_matrix("embeddings", inputs.embeddings, "[N, D]")
+    check_matrix("weight", inputs.weight, "[C, D]")
+    n, d = inputs.embeddings.shape
+    classes, width = inputs.weight.shape
+    if width != d:
+        raise ValueError(f"embeddings and weight must have the same width D, got {d} and {width}")
     if d < 1 or (classes < 1 and not sharded):
-        raise ValueError(f"weight must have at least one class and one column, got shape {tuple(weight.shape)}")
-    check_integers("target", target)
-    if target.ndim != 1 or target.shape[0] != n:
-        raise ValueError(f"target must have shape [N] = [{n}], got {tuple(target.shape)}")
-    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        raise ValueError(f"weight must have at least one class and one column, got shape {(classes, width)}")
+    check_integers("target", inputs.target)
+    if inputs.target.ndim != 1 or inputs.target.shape[0] != n:
+        raise ValueError(f"target must have shape [N] = [{n}], got {tuple(inputs.target.shape)}")
+    for name in ("bias", "class_weight"):
+        vector = getattr(inputs, name)
         if vector is not None:
             check_class_vector(name, vector, classes)
-    if class_ids is not None:
-        check_tensor("class_ids", class_ids)
-        if class_ids.dtype != torch.int64 or class_ids.ndim != 1:
-            raise TypeError(
-                f"class_ids must be a 1-D int64 tensor, got {class_ids.dtype} of shape {tuple(class_ids.shape)}"
-            )
-    for name, tensor in (
-        ("weight", weight),
-        ("target", target),
-        ("bias", bias),
-        ("class_ids", class_ids),
-        ("class_weight", class_weight),
-    ):
-        if tensor is not None and tensor.device != embeddings.device:
-            raise ValueError(f"{name} is on {tensor.device}, embeddings on {embeddings.device}: use one device")
-    check_options(margin, label_smoothing, reduction, objective, sub_centers)
-    check_sampling(logq_correction, label_smoothing, objective)
-    if updater is not None:
-        updater.check_weight(weight)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    for name, size in (("retain_bytes", retain_bytes), ("chunk_bytes", 1 if chunk_bytes is None else chunk_bytes)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < (name == "chunk_bytes"):
-            raise ValueError(f"{name} must be a number of bytes, an integer >= 0 (chunk_bytes: >= 1), got {size!r}")
+    if inputs.class_ids is not None:
+        check_ids(inputs.class_ids)
+    device = inputs.embeddings.device
+    for name in ("weight", "target", "bias", "class_ids", "class_weight"):
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, embeddings on {device}: use one device")
 
 
-def check_options(margin: Margin, label_smoothing: float, reduction: str, objective: str, sub_centers: int) -> None:
-    """The options that a module can check when it is made."""
+def check_margin(margin: Margin) -> None:
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be a tritonmargin Margin such as tm.ArcFace(), got {margin!r}")
-    check_name("reduction", reduction, REDUCTIONS)
-    check_name("objective", objective, tuple(OBJECTIVES))
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if label_smoothing and objective != "softmax":
-        raise ValueError(f"label_smoothing is defined for objective 'softmax' only, got objective {objective!r}")
-    if sub_centers != 1:
-        raise ValueError(f"sub_centers is 1 in this version, got {sub_centers!r}")
 
 
-def check_sampling(logq_correction: bool, label_smoothing: float, objective: str) -> None:
-    """What the correction of a sample's sum of exp(z) goes with."""
-    if not logq_correction:
-        return
-    if objective not in ("softmax", "lse-hinge"):
-        raise ValueError(
-            f"logq_correction is for the logsumexp of objectives 'softmax' and 'lse-hinge', got objective {objective!r}"
+def check_ids(class_ids: Tensor) -> None:
+    check_tensor("class_ids", class_ids)
+    if class_ids.dtype != torch.int64 or class_ids.ndim != 1:
+        raise TypeError(
+            f"class_ids must be a 1-D int64 tensor, got {class_ids.dtype} of shape {tuple(class_ids.shape)}"
         )
-    if label_smoothing:
-        raise ValueError("logq_correction with label_smoothing is not defined: the smoothed part is a mean, not a sum")
 
 
 def check_no_scaler(dtype: torch.dtype) -> None:
@@ -112,11 +57,6 @@ def check_no_scaler(dtype: torch.dtype) -> None:
             "update_in_backward under float16 autocast: a GradScaler would scale the rows' update. Use bfloat16, "
             "or sparse_grad=True without update_in_backward"
         )
-
-
-def check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -171,36 +111,36 @@ def outside(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | Non
 
 @torch.library.custom_op("tritonmargin::positions", mutates_args=())
 def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """Each target's position in the walk, int64, -1 where it is ignored. An op, so that a compiled step checks too.
+    """Each target's position in the pass, int64, -1 where it is ignored. An op, so that a compiled step checks too.
 
     Raises:
         ValueError: a label out of range or not in class_ids, ids not sorted. Checked on the CPU always, on other
             devices with TRITONMARGIN_DEBUG=1, because looking means waiting for them.
     """
     label = target.to(torch.int64, copy=True)
-    kept = label != ignore_index
+    valid = label != ignore_index
     careful = looks_at_values(target.device)
     if careful:
-        wrong = label[kept & ((label < 0) | (label >= num_classes))]
+        wrong = label[valid & ((label < 0) | (label >= num_classes))]
         if len(wrong):
             raise ValueError(
                 f"target holds class number {int(wrong[0])}, expected 0 <= target < {num_classes} "
                 f"or ignore_index = {ignore_index}"
             )
     if class_ids is None:
-        return label.masked_fill_(~kept, -1)
+        return label.masked_fill_(~valid, -1)
     if careful:
         check_sorted_ids(class_ids, num_classes)
     row = torch.searchsorted(class_ids, label)
     if careful:
-        found = class_ids[row.clamp(max=len(class_ids) - 1)] == label if len(class_ids) else torch.zeros_like(kept)
-        missing = label[kept & ~found]
+        found = class_ids[row.clamp(max=len(class_ids) - 1)] == label if len(class_ids) else torch.zeros_like(valid)
+        missing = label[valid & ~found]
         if len(missing):
             raise ValueError(
-                f"target {int(missing[0])} is not in class_ids: every target must be among the walked classes "
+                f"target {int(missing[0])} is not in class_ids: every target must be among the active classes "
                 "(tm.sample_classes keeps them)"
             )
-    return row.masked_fill_(~kept, -1)
+    return row.masked_fill_(~valid, -1)
 
 
 @positions.register_fake

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from tritonmargin.agree import CheckpointError, describe
+from tritonmargin.distributed.agreement import CheckpointError, describe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tritonmargin.checks import check_class_vector, check_name, check_options, check_sampling
-from tritonmargin.functional import Stats, loss_of
+from tritonmargin.checks import check_class_vector, check_margin
+from tritonmargin.distributed.agreement import Lookout, check_agreement
+from tritonmargin.distributed.shard import GRADIENT_FOR, Shard
+from tritonmargin.distributed.single import SINGLE
 from tritonmargin.kernels.updates import mixed
+from tritonmargin.loss import SETTINGS, compute_loss
 from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim import RowOptimizer
-from tritonmargin.parallel import GRADIENT_FOR, Lookout, Shard, check_agreement
 from tritonmargin.sampling import Sampler
+from tritonmargin.spec import LossInputs, LossOptions, Stats, check_name
 
 ON_NONFINITE = ("raise", "skip")
 
@@ -31,10 +34,10 @@ class MarginSoftmaxLoss(nn.Module):
     `weight` and, if there is one, `bias`, `class_weight`, and the sampler's two numbers `sampler`; never the margin's
     numbers. Under a process group all of them are DTensors: rows of all classes, and the sampler that all ranks hold.
 
-    **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step walks the classes of the
+    **Class sampling** (Partial FC, An et al. 2021). With `sample_rate` < 1 a training step visits the classes of the
     batch and random others, round(sample_rate C) in all or more if the batch has more, drawn anew in every forward.
-    In eval mode all classes are walked. `head.sample_rate = 0.5` is the rate of the next forward, whatever it was.
-    `Stats` of a sampled step are about the walked classes only. Keep a sampled head out of `torch.utils.checkpoint`,
+    In eval mode all classes are active. `head.sample_rate = 0.5` is the rate of the next forward, whatever it was.
+    `Stats` of a sampled step are about the active classes only. Keep a sampled head out of `torch.utils.checkpoint`,
     which runs its forward twice, on two samples.
 
     **Class sharding.** With `process_group` every rank holds the rows of a contiguous range of classes, split as
@@ -47,12 +50,12 @@ class MarginSoftmaxLoss(nn.Module):
         embedding_dim: D.
         num_classes: C, of all ranks.
         margin: default `ArcFace(m=0.5, s=64)`.
-        sample_rate: fraction of the classes to walk in a training step, in [0, 1]; 0: those of the batch.
+        sample_rate: fraction of the classes that are active in a training step, in [0, 1]; 0: those of the batch.
         logq_correction: correct the sampled sum of exp(z), see `tm.margin_cross_entropy`. A sample that is no more than
             the batch's classes has nothing to correct.
         sub_centers: rows a class; only 1 in this version.
         bias: whether logits have a bias. Its gradient is dense, and an optimizer's momentum and decay move all of it.
-        sparse_grad: the gradient of `weight` is sparse, with the walked rows only.
+        sparse_grad: the gradient of `weight` is sparse, with the active rows only.
         retain_bytes: bytes of logits that may be kept from forward to backward (faster, more memory).
         chunk_bytes: how much memory a chunk of classes may take, see `tm.margin_cross_entropy`.
         process_group: a `torch.distributed` process group to shard the classes over.
@@ -106,10 +109,12 @@ class MarginSoftmaxLoss(nn.Module):
         super().__init__()
         margin = ArcFace() if margin is None else margin
         try:
-            check_head(
-                embedding_dim, num_classes, margin, sample_rate, logq_correction, sub_centers, process_group,
-                gradient_for, on_nonfinite, class_weight, label_smoothing, reduction, objective, seed, dtype,
+            check_head(embedding_dim, num_classes, margin, class_weight, seed, dtype)
+            LossOptions(
+                label_smoothing=label_smoothing, reduction=reduction, objective=objective, sub_centers=sub_centers,
+                logq_correction=logq_correction,
             )  # fmt: skip
+            check_choices(sample_rate, process_group, gradient_for, on_nonfinite)
             self.embedding_dim = embedding_dim
             self.num_classes = num_classes
             self.margin = margin
@@ -179,7 +184,7 @@ class MarginSoftmaxLoss(nn.Module):
             nn.init.zeros_(self.bias)
 
     def mark_rows(self) -> None:
-        """Say on the parameters which classes their rows are and whether a step walks them all: optimizers ask."""
+        """Say on the parameters which classes their rows are and whether a step sees them all: optimizers ask."""
         self.weight.sampled = self.sample_rate < 1.0  # type: ignore[attr-defined]
         for parameter in (self.weight, self.bias):
             if parameter is not None and self.shard is not None:
@@ -210,42 +215,37 @@ class MarginSoftmaxLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Stats]:
         """The loss of embeddings [N, D] with target [N]; with `return_stats` a pair (loss, Stats).
 
-        class_ids: the classes to walk instead of those that `sample_rate` would draw; under a process group rows of
+        class_ids: the active classes instead of those that `sample_rate` would draw; under a process group rows of
             this rank, with the targets of all ranks' samples that are among them.
         """
         self.lookout.look()
         if self.shard is not None or self._updater is not None:
             self.check_apart()
-        ids: Tensor | Sampler | None = class_ids
+        ranks = SINGLE if self.shard is None else self.shard
+        sampler = None
         if class_ids is None and self.training and self.sample_rate < 1.0 and self.sampler is not None:
-            first = 0 if self.shard is None else self.shard.start
-            ids = Sampler(self.sample_rate, self.sampler, first)
-        result = loss_of(
-            embeddings,
-            self.weight,
-            target,
-            self.margin,
-            bias=self.bias,
-            class_ids=ids,
-            sub_centers=1,
-            class_weight=self.class_weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            objective=self.objective,
-            sparse_grad=self.sparse_grad,
-            retain_bytes=self.retain_bytes,
-            chunk_bytes=self.chunk_bytes,
-            return_stats=return_stats,
-            logq_correction=self.logq_correction and ids is not None,
-            updater=self._updater,
-            shard=self.shard,
-        )
+            sampler = Sampler(self.sample_rate, self.sampler, ranks.start)
+        sampled = class_ids is not None or sampler is not None
+        try:
+            options = self.options(return_stats, self.logq_correction and sampled)
+        except (TypeError, ValueError):
+            ranks.announce_error(self.weight.device, SETTINGS)
+            raise
+        inputs = LossInputs(embeddings, self.weight, target, self.bias, class_ids, self.class_weight)
+        result = compute_loss(inputs, self.margin, options, ranks=ranks, sampler=sampler, updater=self._updater)
         if self.on_nonfinite is None:
             return result
         loss, stats = result if isinstance(result, tuple) else (result, None)
         loss = self.if_finite(loss)
         return loss if stats is None else (loss, stats)
+
+    def options(self, return_stats: bool, logq_correction: bool) -> LossOptions:
+        """Those of the next loss: the head's attributes may have changed since the last one."""
+        return LossOptions(
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, reduction=self.reduction,
+            objective=self.objective, sparse_grad=self.sparse_grad, retain_bytes=self.retain_bytes,
+            chunk_bytes=self.chunk_bytes, return_stats=return_stats, logq_correction=logq_correction,
+        )  # fmt: skip
 
     def check_apart(self) -> None:
         """RuntimeError inside of a DistributedDataParallel or `fully_shard` that takes a rank's rows for replicas."""
@@ -393,37 +393,32 @@ def check_head(
     embedding_dim: int,
     num_classes: int,
     margin: Margin,
-    sample_rate: float,
-    logq_correction: bool,
-    sub_centers: int,
-    process_group: dist.ProcessGroup | None,
-    gradient_for: str,
-    on_nonfinite: str | None,
     class_weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    objective: str,
     seed: int,
     dtype: torch.dtype | None,
 ) -> None:
-    """What can be said about a head before it is made."""
+    """What can be said about a head's tensors before it is made."""
     for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
-    check_options(margin, label_smoothing, reduction, objective, sub_centers)
-    check_sampling(logq_correction, label_smoothing, objective)
-    check_sample_rate(sample_rate)
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
-    check_name("gradient_for", gradient_for, GRADIENT_FOR)
+    check_margin(margin)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating point torch.dtype or None, got {dtype!r}")
-    if on_nonfinite is not None:
-        check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
     if class_weight is not None:
         check_class_vector("class_weight", class_weight, num_classes)
+
+
+def check_choices(
+    sample_rate: float, process_group: dist.ProcessGroup | None, gradient_for: str, on_nonfinite: str | None
+) -> None:
+    check_sample_rate(sample_rate)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
+    check_name("gradient_for", gradient_for, GRADIENT_FOR)
+    if on_nonfinite is not None:
+        check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
 
 
 def check_sample_rate(rate: float) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tritonmargin.backends.precision import accumulate
 from tritonmargin.checks import looks_at_values
-from tritonmargin.kernels.torch_ops import accumulate
 from tritonmargin.kernels.updates import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,7 @@ from tritonmargin.margins import (
     SphereFaceR,
     TargetRows,
 )
-
-if TYPE_CHECKING:
-    from tritonmargin.functional import Stats
+from tritonmargin.spec import Stats
 
 
 def margin_cross_entropy(
@@ -62,7 +60,7 @@ def margin_cross_entropy(
         raise ValueError(f"sub_centers is 1 in this version, got {sub_centers!r}")
     dtype = torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
     with torch.autocast(embeddings.device.type, enabled=False):
-        # Ignored samples and classes that are not walked are left out here and take part in nothing below.
+        # Ignored samples and classes that are not active are left out here and take part in nothing below.
         kept = (target.long() != ignore_index).nonzero()[:, 0]  # [K]
         classes = torch.arange(len(weight), device=weight.device) if class_ids is None else class_ids  # [S]
         y = target[kept].long()  # [K]  class numbers
@@ -144,8 +142,6 @@ def per_sample(objective: str, t: Tensor, others: Tensor) -> Tensor:  # [K], [K,
 @torch.no_grad()
 def statistics(t: Tensor, plain: Tensor, others: Tensor, classes: Tensor, kept: Tensor, n: int, sampled: bool) -> Stats:
     """Stats of the kept samples at their places, nan, -1 and False elsewhere."""
-    from tritonmargin.functional import Stats  # functional imports this module
-
     if len(classes) < 2:
         hardest_logit, hardest_class = torch.full_like(t, -math.inf), torch.full_like(kept, -1)
         rest = hardest_logit

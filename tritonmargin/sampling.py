@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonmargin.backends.registry import current_backend, falling_back, why_not_triton
 from tritonmargin.checks import check_integers
-from tritonmargin.kernels import current_backend, falling_back, why_not_triton
 from tritonmargin.permutation import Permutation
 
 

@@ -22,10 +22,12 @@ Rows are counted in 64 bits: C D and N K pass 2^31. The sizes that change from s
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import tempfile
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,17 +35,57 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmargin.kernels import KernelError
-from tritonmargin.kernels.products import halves, precision
-from tritonmargin.kernels.tiles import Tiles, by_library, default_chunk, device_of, pick_tiles, row_block
-from tritonmargin.kernels.torch_ops import Rows, Running, Shares
-from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed, store_rounded
-from tritonmargin.kernels.variants import (
+from tritonmargin.backends.precision import halves, precision
+from tritonmargin.backends.registry import KernelError
+from tritonmargin.backends.variants import (
     exp_term,
     hinge_slope_term,
     hinge_term,
     softmax_term,
 )
+from tritonmargin.kernels.tiles import Tiles, by_library, default_chunk, device_of, pick_tiles, row_block
+from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed, store_rounded
+
+
+@dataclass
+class Running:
+    """What the forward pass keeps per sample while it walks; None: nobody asked.
+
+    A backend may fold its classes into several slots per sample, here it is one; the stream adds them up at the end.
+    """
+
+    total: Tensor | None = None  # [slots, N]  sum over j != y of exp(z_ij - maximum), maximum = 0 on the bounded path
+    maximum: Tensor | None = None  # [slots, N]  running max, only on the unbounded path
+    hardest: Tensor | None = None  # [slots, N]  max over j != y of z_ij, as the tile has it
+    hardest_row: Tensor | None = None  # [slots, N]  its position in the walk, -1 at first
+    threshold: Tensor | None = None  # [N]  t_i of the hinge
+    hinge: Tensor | None = None  # [slots, N]  sum over j != y of relu(z_ij - threshold_i)
+    violations: Tensor | None = None  # [slots, N]  how many of them are positive
+
+
+@dataclass
+class Shares:
+    """Gradients of numbers that look at one class row a sample: the target's, or the hardest wrong class's."""
+
+    row: Tensor  # [N]  position in the walk, -1 for none
+    along: Tensor  # [N, D]  dL/dw' of that row: g_i x_i
+
+    @functools.cached_property
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Both in the order of the rows, samples of the same row in the order of the batch."""
+        row, order = torch.sort(self.row, stable=True)
+        return row, self.along.index_select(0, order)
+
+
+class Rows(NamedTuple):
+    """A chunk's class rows w', ready for the products."""
+
+    rows: Tensor  # [K, D]  in the compute dtype
+    exact: Tensor | None  # [K, D]  in the precision of sums if they are unit rows, else `rows`; None: nobody asked
+    inverse: Tensor | None  # [K]  1/|w|, 0 for a zero row, if they are unit rows
+    weight: Tensor  # where they come from: [K, D], or [C, D] with `ids`
+    ids: Tensor | None  # [K]
+
 
 # Elementwise work needs no memory here: no second tile for it, no rows beside those of the products.
 FUSED = True

@@ -1,13 +1,13 @@
 """Classes sharded over the ranks of a process group: what a loss exchanges, and the gradients of the exchanges.
 
 Every rank owns a contiguous range of class rows and computes the loss of the whole, global batch: what follows from
-N-vectors is replicated on all ranks, bit for bit, and only the walk over the classes is split. So three kinds of
+N-vectors is replicated on all ranks, bit for bit, and only the class pass is split. So three kinds of
 exchange are enough, and each has an obvious gradient, given that the upstream gradient of a replicated number is the
 same on every rank:
 
-    gather_rows     embeddings of all ranks.   Gradient: each rank used its own classes, the sum is scattered back
-    gather_numbers  numbers of all samples.    Gradient: replicated, a rank keeps its samples'
-    all_sum         numbers that one rank has. Gradient: replicated, as it is
+    gather_rows  embeddings of all ranks.    Gradient: each rank used its own classes, the sum is scattered back
+    own_part     numbers made of gathered rows on every rank. Gradient: replicated, a rank keeps its samples'
+    all_sum      numbers that one rank has.  Gradient: replicated, as it is
 
 A batch may have another size on every rank, and none at all on some. Collectives are all_gather, reduce_scatter and
 all_reduce of padded, equal shapes, as NCCL asks.
@@ -15,11 +15,6 @@ all_reduce of padded, equal shapes, as NCCL asks.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,103 +38,6 @@ def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]
     return min(rank * size, num_classes), min((rank + 1) * size, num_classes)
 
 
-def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) -> None:
-    """ValueError on every rank, naming the difference, unless all ranks of the group describe themselves alike.
-
-    A description with an "error" tells the others why this rank raises one.
-
-    Raises:
-        RuntimeError: within the group's timeout, where other ranks do not answer: they died, or made no head of this
-            group.
-    """
-    everyone: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(group))]
-    try:
-        dist.all_gather_object(everyone, description, group=group)
-    except RuntimeError as lost:
-        members = dist.get_process_group_ranks(group)
-        leave_word(members)
-        raise RuntimeError(
-            f"process_group: this rank's group is of the ranks {members}, and not all of them made a head with a group "
-            f"of the same ranks: {lost}"
-        ) from lost
-    for rank, other in enumerate(everyone):
-        if "error" in other and "error" not in description:
-            raise ValueError(f"process_group: rank {rank} has an error: {other['error']}")
-        for name, value in everyone[0].items():
-            if "error" not in everyone[0] and "error" not in other and other.get(name) != value:
-                raise ValueError(f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0")
-
-
-# In the store through which the ranks found each other: who waited in vain for a rank, and in which group.
-WORD = "tritonmargin/waited_for/"
-# The groups in which this rank waited in vain itself: their errors are no news to it.
-WAITED: set[tuple[int, ...]] = set()
-
-
-def leave_word(members: list[int]) -> None:
-    """Tell ranks that made a head of another group, or of none, and so did not wait as this one did: see `Lookout`."""
-    own = dist.get_rank()
-    WAITED.add(tuple(members))
-    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone
-        for rank in members:
-            if rank != own:
-                dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", json.dumps([own, members]))
-
-
-class Lookout:
-    """Whether another rank gave up on this one, because their heads are of different groups.
-
-    A rank alone in its group has no one to ask when it makes its head: others may make theirs much later or never. So
-    it looks for what they left while it trains, once a second at most, and not any more once the store fails or is
-    slow: a store that is gone must not hold up who does not need it.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.next = -math.inf
-
-    def look(self) -> None:
-        """Raises RuntimeError, once, if so."""
-        if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
-            return
-        if self.group is not None and dist.get_world_size(self.group) == dist.get_world_size():
-            return  # all ranks are in it, and agreed
-        begin = time.monotonic()
-        if begin < self.next:
-            return
-        word = asked(f"{WORD}{dist.get_rank()}")
-        self.next = math.inf if word is None or time.monotonic() > begin + 1.0 else begin + 1.0
-        if word:
-            rank, members = json.loads(word)
-            if tuple(members) not in WAITED:
-                own = "none" if self.group is None else f"the ranks {dist.get_process_group_ranks(self.group)}"
-                raise RuntimeError(
-                    f"process_group: rank {rank} waited for {members} to make a head of one group with it; this rank's "
-                    f"head is of {own}"
-                )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lookout:
-        return Lookout(self.group)  # a process group cannot be copied
-
-
-def asked(key: str) -> str | None:
-    """What the store has under a key, which it then has no more; "" for nothing, None for a store that is gone."""
-    store = dist.distributed_c10d._get_default_store()
-    under = store
-    while isinstance(under, dist.PrefixStore):
-        under = under.underlying_store
-    if isinstance(under, dist.FileStore) and not os.path.exists(under.path):  # type: ignore[attr-defined]
-        return None  # it would be waited for
-    try:
-        if not store.check([key]):
-            return ""
-        word = store.get(key).decode()
-        store.delete_key(key)
-        return word
-    except RuntimeError:
-        return None
-
-
 class Shard:
     """The range of classes that this rank owns, and the exchanges with the other ranks.
 
@@ -149,6 +47,8 @@ class Shard:
         gradient_for: "sum": the gradient of embeddings is that of the loss. "ddp": world_size times it, because
             DistributedDataParallel and FSDP divide the gradients of a backbone by the number of ranks.
     """
+
+    is_single = False
 
     def __init__(self, num_classes: int, group: dist.ProcessGroup | None = None, gradient_for: str = "ddp") -> None:
         self.group = dist.distributed_c10d._get_default_group() if group is None else group
@@ -162,6 +62,10 @@ class Shard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # a process group cannot be copied, and a copy of a head is in the same one
+
+    def classes(self, weight: Tensor) -> int:
+        """C, of which `weight` has this rank's rows."""
+        return self.num_classes
 
     # -- samples of all ranks ------------------------------------------------------------------------------------
 
@@ -236,6 +140,15 @@ class Shard:
         (found,) = AllSums.apply(self.group, numbers)
         return found
 
+    def all_sums(self, *numbers: Tensor | None) -> Any:
+        """`all_sum` of several tensors [N] in one exchange; None stays None."""
+        sums = iter(AllSums.apply(self.group, *(each for each in numbers if each is not None)))
+        return tuple(None if each is None else next(sums) for each in numbers)
+
+    def somewhere(self, flag: Tensor) -> Tensor:
+        """Whether the flag is set on some rank."""
+        return self.all_max(flag.to(torch.int32)) > 0
+
     def all_max(self, numbers: Tensor) -> Tensor:
         """The largest over ranks, without a gradient."""
         numbers = numbers.detach().clone()
@@ -298,14 +211,18 @@ class Batch:
         return slice(start, start + self.counts[self.shard.rank])
 
     def gather_rows(self, x: Tensor) -> Tensor:
-        """All ranks' rows; the gradient is the sum over ranks, each rank's own rows of it."""
+        """All ranks' rows; the gradient is the sum over ranks, each rank's own rows of it, as `gradient_for` says."""
         if self.needs_gradient and not x.requires_grad:
             x = x.detach().requires_grad_()
-        return GatherRows.apply(x, self)
+        factor = self.shard.world_size if self.shard.gradient_for == "ddp" else 1
+        return GatherRows.apply(x, self, factor)
 
-    def gather_numbers(self, numbers: Tensor) -> Tensor:
-        """All ranks' numbers; the gradient is replicated."""
-        return GatherNumbers.apply(numbers, self)
+    def own_part(self, numbers: Tensor) -> Tensor:
+        """Replicated numbers of gathered rows, as they are; a rank's gradient is that of its own samples.
+
+        Every rank has the gradient of all samples, and `gather_rows` sums over ranks: each may count once.
+        """
+        return OwnPart.apply(numbers, self)
 
     def keep_own(self, numbers: Tensor) -> Tensor:
         """This rank's numbers of replicated ones; the gradients of all ranks together are the replicated gradient."""
@@ -337,24 +254,27 @@ class Batch:
 
 class GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
+    def forward(ctx: Any, x: Tensor, batch: Batch, factor: int) -> Tensor:
+        ctx.batch, ctx.factor = batch, factor
         return batch.gather(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.batch.scatter_sum(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows = ctx.batch.scatter_sum(grad)
+        return (rows if ctx.factor == 1 else rows * ctx.factor), None, None
 
 
-class GatherNumbers(torch.autograd.Function):
+class OwnPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numbers: Tensor, batch: Batch) -> Tensor:
         ctx.own = batch.own
-        return batch.gather(numbers)
+        return numbers.view_as(numbers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.own], None
+        own = torch.zeros_like(grad)
+        own[ctx.own] = grad[ctx.own]
+        return own, None
 
 
 class KeepOwn(torch.autograd.Function):
@@ -384,35 +304,6 @@ class AllLogSumExp(torch.autograd.Function):
         rest, everywhere = ctx.saved_tensors
         shift = torch.where(everywhere == -torch.inf, 0.0, everywhere)
         return grad * torch.exp(rest - shift), None
-
-
-class ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, with `factor` times its gradient."""
-    return ScaleGradient.apply(x, factor)
-
-
-def all_sum(shard: Shard | None, numbers: Tensor) -> Tensor:
-    """The sum over ranks, if there are any."""
-    return numbers if shard is None else shard.all_sum(numbers)
-
-
-def all_sums(shard: Shard | None, *numbers: Tensor | None) -> Any:
-    """`all_sum` of several tensors [N] in one exchange; None stays None."""
-    if shard is None:
-        return numbers
-    sums = iter(AllSums.apply(shard.group, *(each for each in numbers if each is not None)))
-    return tuple(None if each is None else next(sums) for each in numbers)
 
 
 class AllSums(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""How a walk multiplies: the dtype of its operands and, for float32, whether as it is or as TF32.
+"""How a class pass multiplies: the dtype of its operands and, for float32, whether as it is or as TF32.
 
-One answer for a whole walk, whatever is set meanwhile: the tile, and with it the places of partial results, follow it.
+One answer for a whole pass, whatever is set meanwhile: the tile, and with it the layout of partial results, follow it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from torch import Tensor
 from tritonmargin.kernels.tiles import device_of
 
 
-class Walking(threading.local):
-    """What the walk of this thread decided; None: there is no walk."""
+class Current(threading.local):
+    """What the class pass of this thread decided; None: there is none."""
 
     precision: str | None = None
     halves = False  # whether it is of float16
 
 
 class Allowed:
-    """Walks under way, in any thread, for which torch multiplies float32 as TF32 without having been asked by name."""
+    """Class passes under way, in any thread, for which torch multiplies float32 as TF32 though nobody set it so."""
 
-    walks = 0
+    passes = 0
     before = ""
     lock = threading.Lock()
 
 
-_walking = Walking()
+_current = Current()
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, norms and losses: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operands(dtype: torch.dtype) -> torch.dtype:
@@ -43,42 +48,42 @@ def operands(dtype: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def products(dtype: torch.dtype, x: Tensor, fused: bool) -> Iterator[None]:
-    """The time of one walk over the classes, computed in `dtype`; by the kernels, if `fused`.
+    """The time of one class pass, computed in `dtype`; by the kernels, if `fused`.
 
     float32 is multiplied as torch multiplies it, see `precision`. The kernels' float16 is multiplied as TF32 where the
     GPU has it: that keeps all of float16's 11 significant bits, in float32's range, at the speed of matrix units.
     torch's own products are told by its setting, which has one value for all threads: float32 products that another
     thread launches in the meantime are TF32 too.
     """
-    before = _walking.precision, _walking.halves
+    before = _current.precision, _current.halves
     halves = dtype == torch.float16 and fused and x.is_cuda and has_tf32(device_of(x).target)
-    _walking.precision, _walking.halves = "tf32" if halves else as_set(), halves
+    _current.precision, _current.halves = "tf32" if halves else as_set(), halves
     try:
         with tf32_allowed() if halves else contextlib.nullcontext():
             yield
     finally:
-        _walking.precision, _walking.halves = before
+        _current.precision, _current.halves = before
 
 
 @contextlib.contextmanager
 def tf32_allowed() -> Iterator[None]:
     setting = torch.backends.cuda.matmul
     with Allowed.lock:
-        if not Allowed.walks:
+        if not Allowed.passes:
             Allowed.before = setting.fp32_precision
             setting.fp32_precision = "tf32"
-        Allowed.walks += 1
+        Allowed.passes += 1
     try:
         yield
     finally:
         with Allowed.lock:
-            Allowed.walks -= 1
-            if not Allowed.walks:
+            Allowed.passes -= 1
+            if not Allowed.passes:
                 setting.fp32_precision = Allowed.before
 
 
 def precision(dtype: torch.dtype, target: str) -> str:
-    """How operands of this dtype are multiplied in the walk, or, outside of one, as torch is set.
+    """How operands of this dtype are multiplied in the class pass, or, outside of one, as torch is set.
 
     float32 as torch multiplies it (`torch.set_float32_matmul_precision`): "highest", torch's default, is IEEE float32;
     "high" and "medium", or `torch.backends.cuda.matmul.fp32_precision` = "tf32", round the operands to TF32 (11
@@ -86,12 +91,12 @@ def precision(dtype: torch.dtype, target: str) -> str:
     """
     if dtype != torch.float32 or not has_tf32(target):
         return "ieee"
-    return "tf32" if (_walking.precision or as_set()) == "tf32" else "ieee"
+    return "tf32" if (_current.precision or as_set()) == "tf32" else "ieee"
 
 
 def halves() -> bool:
-    """Whether all operands of this walk are rounded as float16's are, those too that could be taken as they are."""
-    return _walking.halves
+    """Whether all operands of this pass are rounded as float16's are, those too that could be taken as they are."""
+    return _current.halves
 
 
 def as_operand(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +110,7 @@ def as_operand(values: Tensor, dtype: torch.dtype) -> Tensor:
 def as_set() -> str:
     """torch's setting, as whoever set it left it."""
     with Allowed.lock:
-        return Allowed.before if Allowed.walks else torch.backends.cuda.matmul.fp32_precision
+        return Allowed.before if Allowed.passes else torch.backends.cuda.matmul.fp32_precision
 
 
 def has_tf32(target: str) -> bool:

@@ -44,5 +44,5 @@ def softmax_term(z, rest):
 
 @triton.jit
 def exp_term(z, total):
-    """exp(z) for z in units of log 2: d rest / d z up to a factor of the sample (see stream.py)."""
+    """exp(z) for z in units of log 2: d rest / d z up to a factor of the sample (see class_pass/backward.py)."""
     return tl.exp2(z)

@@ -1,12 +1,18 @@
-"""Ranks that fail together: what goes wrong on one of them is raised on all, so that none waits for another."""
+"""Ranks that agree, and fail together: what goes wrong on one of them is raised on all, so that none waits."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.distributed_c10d import _world
@@ -124,3 +130,103 @@ def causes(error: BaseException, rank: int) -> dict[int, str]:
 
 def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+# -- heads of one group ----------------------------------------------------------------------------------------------
+
+
+def check_agreement(group: dist.ProcessGroup, description: dict[str, object]) -> None:
+    """ValueError on every rank, naming the difference, unless all ranks of the group describe themselves alike.
+
+    A description with an "error" tells the others why this rank raises one.
+
+    Raises:
+        RuntimeError: within the group's timeout, where other ranks do not answer: they died, or made no head of this
+            group.
+    """
+    everyone: list[dict[str, object]] = [{} for _ in range(dist.get_world_size(group))]
+    try:
+        dist.all_gather_object(everyone, description, group=group)
+    except RuntimeError as lost:
+        members = dist.get_process_group_ranks(group)
+        leave_word(members)
+        raise RuntimeError(
+            f"process_group: this rank's group is of the ranks {members}, and not all of them made a head with a group "
+            f"of the same ranks: {lost}"
+        ) from lost
+    for rank, other in enumerate(everyone):
+        if "error" in other and "error" not in description:
+            raise ValueError(f"process_group: rank {rank} has an error: {other['error']}")
+        for name, value in everyone[0].items():
+            if "error" not in everyone[0] and "error" not in other and other.get(name) != value:
+                raise ValueError(f"process_group: {name} is {other.get(name)!r} on rank {rank}, {value!r} on rank 0")
+
+
+# In the store through which the ranks found each other: who waited in vain for a rank, and in which group.
+WORD = "tritonmargin/waited_for/"
+# The groups in which this rank waited in vain itself: their errors are no news to it.
+WAITED: set[tuple[int, ...]] = set()
+
+
+def leave_word(members: list[int]) -> None:
+    """Tell ranks that made a head of another group, or of none, and so did not wait as this one did: see `Lookout`."""
+    own = dist.get_rank()
+    WAITED.add(tuple(members))
+    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone
+        for rank in members:
+            if rank != own:
+                dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", json.dumps([own, members]))
+
+
+class Lookout:
+    """Whether another rank gave up on this one, because their heads are of different groups.
+
+    A rank alone in its group has no one to ask when it makes its head: others may make theirs much later or never. So
+    it looks for what they left while it trains, once a second at most, and not any more once the store fails or is
+    slow: a store that is gone must not hold up who does not need it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.next = -math.inf
+
+    def look(self) -> None:
+        """Raises RuntimeError, once, if so."""
+        if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+            return
+        if self.group is not None and dist.get_world_size(self.group) == dist.get_world_size():
+            return  # all ranks are in it, and agreed
+        begin = time.monotonic()
+        if begin < self.next:
+            return
+        word = asked(f"{WORD}{dist.get_rank()}")
+        self.next = math.inf if word is None or time.monotonic() > begin + 1.0 else begin + 1.0
+        if word:
+            rank, members = json.loads(word)
+            if tuple(members) not in WAITED:
+                own = "none" if self.group is None else f"the ranks {dist.get_process_group_ranks(self.group)}"
+                raise RuntimeError(
+                    f"process_group: rank {rank} waited for {members} to make a head of one group with it; this rank's "
+                    f"head is of {own}"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lookout:
+        return Lookout(self.group)  # a process group cannot be copied
+
+
+def asked(key: str) -> str | None:
+    """What the store has under a key, which it then has no more; "" for nothing, None for a store that is gone."""
+    store = dist.distributed_c10d._get_default_store()
+    under = store
+    while isinstance(under, dist.PrefixStore):
+        under = under.underlying_store
+    if isinstance(under, dist.FileStore) and not os.path.exists(under.path):  # type: ignore[attr-defined]
+        return None  # it would be waited for
+    try:
+        if not store.check([key]):
+            return ""
+        word = store.get(key).decode()
+        store.delete_key(key)
+        return word
+    except RuntimeError:
+        return None

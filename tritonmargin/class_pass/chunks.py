@@ -1,0 +1,116 @@
+"""One class pass in chunks: how many classes at a time, and the buffers that all chunks share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tritonmargin.backends.precision import as_operand, operands
+from tritonmargin.backends.torch_ops import Rows, inverse_norm, logits, new_tile, prepare_rows
+from tritonmargin.spec import PassInputs, PassSpec
+
+
+def chunk_classes(n: int, d: int, classes: int, chunk_bytes: int) -> int:
+    """How many classes to visit at a time: prepared rows, gradient rows and tile fill `chunk_bytes`.
+
+    Counted in float32, whatever the inputs: low precision has buffers in the precision of sums too.
+    """
+    per_class = (n + 2 * d) * 4
+    chunk = (chunk_bytes or cache_bytes()) // max(per_class, 1)
+    return max(1, min(classes, max(64, chunk // 64 * 64)))
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The default byte budget of a chunk on a CPU: a third of the last-level cache, 8 MB where that is unknown."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) * 1024 // 3
+    except (OSError, ValueError):
+        return 8 << 20
+
+
+def fitting_classes(n: int, itemsize: int, retain_bytes: int) -> int:
+    return retain_bytes // max(n * itemsize, 1)
+
+
+def retained_classes(n: int, classes: int, chunk: int, itemsize: int, retain_bytes: int) -> int:
+    """How many classes' tiles fit in `retain_bytes`: whole chunks from the first on."""
+    fitting = fitting_classes(n, itemsize, retain_bytes)
+    return classes if fitting >= classes else fitting // chunk * chunk
+
+
+class Chunks:
+    """One class pass: the sizes, the chunks and the buffers that all chunks share."""
+
+    def __init__(self, inputs: PassInputs, spec: PassSpec) -> None:
+        x = inputs.x
+        self.weight, self.unit, self.bounded = inputs.weight, spec.unit_weight, spec.bounded
+        self.class_ids = None if inputs.class_ids is None else inputs.class_ids.contiguous()
+        self.target = inputs.target.contiguous()
+        self.n, self.d = x.shape
+        self.classes = len(self.weight) if self.class_ids is None else len(self.class_ids)
+        self.size = chunk_classes(self.n, self.d, self.classes, spec.chunk_bytes)
+        self.dtype, self.acc = operands(spec.dtype), x.dtype
+        self.x = as_operand(x * math.log2(math.e) if self.bounded else x, self.dtype)
+        self.bias, self.offset = inputs.bias, self.in_units_of_the_tile(inputs.offset)
+        self.rows_buffer = self.x.new_empty(self.size, self.d)
+        # Rows in the precision of sums, where the rows of the products are not.
+        same = self.dtype == self.acc or not self.unit
+        self.wide_buffer = self.rows_buffer if same else self.rows_buffer.to(self.acc)
+        self.tile_buffer = new_tile(self.x, self.size, self.dtype)
+
+    def scratch(self, separate: bool) -> Tensor:
+        """A tile in the precision of sums: the tile itself where it has it and may be overwritten."""
+        if self.tile_buffer.dtype == self.acc and not separate:
+            return self.tile_buffer
+        return new_tile(self.x, self.size, self.acc)
+
+    def per_sample(self, value: float, dtype: torch.dtype | None = None) -> Tensor:  # [N]
+        return self.x.new_full((self.n,), value, dtype=dtype or self.acc)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(start, min(start + self.size, self.classes)) for start in range(0, self.classes, self.size)]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return prepare_rows(self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer)
+
+    def logits(self, rows: Rows, start: int, stop: int, tile: Tensor) -> Tensor:  # [K, N]
+        """The chunk's logits in `tile`, in units of log 2 on the bounded path, -inf at the targets."""
+        return logits(rows.operand, self.x, self.added(start, stop), self.target, start, tile)
+
+    def added(self, start: int, stop: int) -> Tensor | None:
+        """What is added to the chunk's logits: the classes' bias, and the offsets of active classes."""
+        bias = self.select(self.bias, start, stop)
+        if self.offset is None:
+            return bias
+        offset = self.offset[start:stop]
+        return offset if bias is None else bias.to(offset.dtype) + offset
+
+    def in_units_of_the_tile(self, offset: Tensor | None) -> Tensor | None:
+        return offset if offset is None or not self.bounded else offset * math.log2(math.e)
+
+    def select(self, vector: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """A per-class vector's numbers for the chunk."""
+        if vector is None or self.class_ids is None:
+            return None if vector is None else vector[start:stop].contiguous()
+        return vector.index_select(0, self.class_ids[start:stop])
+
+    def where(self, start: int, stop: int) -> slice | Tensor:
+        """The chunk's rows among all of the weight."""
+        return slice(start, stop) if self.class_ids is None else self.class_ids[start:stop]
+
+    def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""
+        index = row.clamp(min=0)
+        if self.class_ids is not None and self.classes:
+            index = self.class_ids.index_select(0, index)
+        if not len(self.weight):
+            return self.x.new_zeros(self.n, self.d, dtype=self.acc), self.per_sample(0.0)
+        rows = torch.where(row[:, None] >= 0, self.weight.index_select(0, index).to(self.acc), 0.0)
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        return (rows * inverse_norm(norm)[:, None] if self.unit else rows), norm

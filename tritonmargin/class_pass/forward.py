@@ -1,0 +1,137 @@
+"""The class pass forward, in PyTorch: one visit to every chunk of classes.
+
+    rows, logits, sums      1 product a chunk
+
+Target numbers come from one gathered row a sample, never through a tile: they are exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonmargin.backends.precision import operands, products
+from tritonmargin.backends.torch_ops import Running, new_tile, reduce_logits
+from tritonmargin.class_pass.chunks import Chunks, chunk_classes, fitting_classes, retained_classes
+from tritonmargin.class_pass.exp_range import finite
+from tritonmargin.spec import PassInputs, PassOutput, PassSpec
+
+
+class Saved(NamedTuple):
+    """What backward needs beside the inputs. Empty tensors: not made."""
+
+    shift: Tensor  # [N]  exp(rest) on the bounded path; else rest, 0 where it is -inf
+    hardest_row: Tensor  # [N]
+    mean_row: Tensor  # [D]  sum_j a_j w'_j
+    target_rows: Tensor  # [N, D]  w'_y, 0 where there is no target
+    retained: Tensor  # [R, N]  tiles of the first R classes
+
+
+def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
+    x = inputs.x
+    with torch.autocast(x.device.type, enabled=False), products(spec.dtype, x, False):
+        chunks = Chunks(inputs, spec)
+        run = running(inputs, spec, chunks)
+        count = retained_classes(chunks.n, chunks.classes, chunks.size, chunks.dtype.itemsize, spec.retain_bytes)
+        retained = new_tile(chunks.x, count, chunks.dtype)
+        # Where a tile is read again after a difference, the difference needs a buffer of its own.
+        scratch = chunks.scratch(separate=spec.want_rest and inputs.threshold is not None)
+        mean_row = x.new_zeros(0 if inputs.mean_weight is None else chunks.d)
+        for start, stop in chunks.ranges():
+            rows = chunks.rows(start, stop)
+            a = chunks.select(inputs.mean_weight, start, stop)
+            if a is not None:
+                mean_row += a @ rows.exact.to(chunks.acc)
+            if spec.want_rest or spec.want_hardest or inputs.threshold is not None:
+                keep = stop <= count
+                tile = retained[start:stop] if keep else chunks.tile_buffer[: stop - start]
+                z = chunks.logits(rows, start, stop, tile)
+                reduce_logits(z, start, spec.bounded, tile, scratch[: stop - start], keep, run)
+        return results(inputs, chunks, run, mean_row, retained)
+
+
+def running(inputs: PassInputs, spec: PassSpec, chunks: Chunks) -> Running:
+    """The sums that are asked for, before the first class."""
+    threshold = inputs.threshold
+    run = Running(threshold=None if threshold is None else threshold.contiguous())
+    if spec.want_rest:
+        run.total = chunks.per_sample(0.0)
+        run.maximum = None if spec.bounded else chunks.per_sample(-torch.inf)
+    if spec.want_hardest:
+        run.hardest, run.hardest_row = chunks.per_sample(-torch.inf), chunks.per_sample(-1, torch.int64)
+    if threshold is not None:
+        run.hinge, run.violations = chunks.per_sample(0.0), chunks.per_sample(0.0)
+    return run
+
+
+def results(
+    inputs: PassInputs, chunks: Chunks, run: Running, mean_row: Tensor, retained: Tensor
+) -> tuple[PassOutput, Saved]:
+    x = inputs.x
+    nothing = x.new_empty(0)
+    rest = shift = hardest_product = mean_logit = nothing
+    hardest_row = chunks.target.new_empty(0)
+    if run.total is not None:
+        rest = run.total.log()
+        shift = run.total
+        if run.maximum is not None:
+            rest = rest + finite(run.maximum)
+            shift = finite(rest)
+    if run.hardest is not None and run.hardest_row is not None:
+        hardest, hardest_row = run.hardest, run.hardest_row
+        product = (x * chunks.gather(hardest_row)[0]).sum(dim=1)
+        hardest_product = torch.where((hardest_row < 0) | hardest.isnan(), hardest, product)
+    if inputs.mean_weight is not None:
+        mean_logit = x @ mean_row
+        if inputs.bias is not None:
+            a, b = (chunks.select(each, 0, chunks.classes) for each in (inputs.mean_weight, inputs.bias))
+            assert a is not None
+            assert b is not None
+            mean_logit = mean_logit + (a * b).sum()
+    target_rows, target_norm = chunks.gather(chunks.target)
+    out = PassOutput(
+        rest=rest,
+        target_product=(x * target_rows).sum(dim=1),
+        target_norm=target_norm,
+        embedding_norm=nothing,
+        mean_logit=mean_logit,
+        hinge=nothing if run.hinge is None else run.hinge,
+        violations=nothing if run.violations is None else run.violations,
+        hardest_product=hardest_product,
+        hardest_row=hardest_row,
+    )
+    return out, Saved(shift, hardest_row, mean_row, target_rows, retained)
+
+
+def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
+    """Empty tensors like those of `run_forward`."""
+    x, target = inputs.x, inputs.target
+    n, d = x.shape
+    classes = inputs.weight.shape[0] if inputs.class_ids is None else inputs.class_ids.shape[0]
+    dtype = operands(spec.dtype)
+    # Nothing or everything is retained whatever a chunk is. Tracing its size for nothing would tie the graph to N.
+    some = 0 < fitting_classes(n, dtype.itemsize, spec.retain_bytes) < classes
+    chunk = chunk_classes(n, d, classes, spec.chunk_bytes) if some else 1
+    retained = retained_classes(n, classes, chunk, dtype.itemsize, spec.retain_bytes)
+    hinging, hardest = inputs.threshold is not None, n if spec.want_hardest else 0
+    out = PassOutput(
+        rest=x.new_empty(n if spec.want_rest else 0),
+        target_product=x.new_empty(n),
+        target_norm=x.new_empty(n),
+        embedding_norm=x.new_empty(0),
+        mean_logit=x.new_empty(0 if inputs.mean_weight is None else n),
+        hinge=x.new_empty(n if hinging else 0),
+        violations=x.new_empty(n if hinging else 0),
+        hardest_product=x.new_empty(hardest),
+        hardest_row=target.new_empty(hardest),
+    )
+    saved = Saved(
+        shift=x.new_empty(n if spec.want_rest else 0),
+        hardest_row=target.new_empty(hardest),
+        mean_row=x.new_empty(0 if inputs.mean_weight is None else d),
+        target_rows=x.new_empty(n, d),
+        retained=new_tile(x, retained, dtype),
+    )
+    return out, saved

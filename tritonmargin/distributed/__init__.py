@@ -1,0 +1,1 @@
+"""Ranks: what is exchanged, and how ranks agree on options and errors."""

@@ -1,0 +1,104 @@
+"""A label's readings: which class, whether it counts, which row of this rank, which position in the class pass."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tritonmargin import checks
+
+if TYPE_CHECKING:
+    from tritonmargin.distributed.shard import Batch, Shard
+    from tritonmargin.distributed.single import Single, SingleBatch
+
+
+class Labels:
+    """The labels of a loss. Each reading is made once, when it is first asked for.
+
+    Labels are looked at on the CPU always, elsewhere with TRITONMARGIN_DEBUG=1, and then before any work.
+
+    Args:
+        target: [N] class numbers in [0, num_classes), or ignore_index.
+        ranks: says which of the classes are this rank's.
+
+    Raises:
+        ValueError: a label that is looked at is no class.
+    """
+
+    def __init__(self, target: Tensor, num_classes: int, ignore_index: int, ranks: Shard | Single) -> None:
+        self.target, self.num_classes, self.ignore_index, self.ranks = target, num_classes, ignore_index, ranks
+        if checks.looks_at_values(target.device):
+            _ = self.number
+
+    def gathered(self, batch: Batch | SingleBatch) -> Labels:
+        """Those of all ranks."""
+        if self.ranks.is_single:
+            return self
+        found = Labels.__new__(Labels)
+        found.target = found.number = batch.gather(self.number)
+        found.num_classes, found.ignore_index, found.ranks = self.num_classes, -1, self.ranks
+        return found
+
+    @cached_property
+    def number(self) -> Tensor:
+        """[N] int64 class number, -1 where it is ignored."""
+        return checks.positions(self.target, None, self.num_classes, self.ignore_index)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[N] bool."""
+        return self.number >= 0
+
+    @cached_property
+    def class_number(self) -> Tensor:
+        """[N] int64, 0 where it is ignored."""
+        return self.number.clamp(min=0)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """[N] int64, the class's row on this rank; -1: another rank's, or ignored."""
+        return self.ranks.own_labels(self.number)
+
+
+class ActiveClasses:
+    """The classes of one class pass, and where the labels are among them.
+
+    Args:
+        labels: of all ranks.
+        rows: how many classes this rank has.
+        ids: [S] the active ones, sorted; None: all.
+        drawn: by a sampler, from these labels: then there is nothing to look at.
+
+    Raises:
+        ValueError: a label that is looked at is not active, or ids are not sorted; on all ranks, if on one.
+    """
+
+    def __init__(self, labels: Labels, rows: int, ids: Tensor | None, drawn: bool) -> None:
+        self.labels, self.rows, self.ids, self.drawn = labels, rows, ids, drawn
+        if ids is not None and not drawn and (checks.looks_at_values(ids.device) or not labels.ranks.is_single):
+            _ = self.position
+
+    @property
+    def count(self) -> int:
+        return self.rows if self.ids is None else self.ids.shape[0]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[N] int64, each label's index among the active classes, -1: not there."""
+        own, ids = self.labels.own, self.ids
+        if ids is None:
+            return own
+        if self.drawn:
+            return torch.searchsorted(ids, own).masked_fill_(own < 0, -1)
+        if self.labels.ranks.is_single:
+            return checks.positions(own, ids, self.rows, -1)
+        row, error = own, None
+        try:
+            row = checks.positions(own, ids, self.rows, -1)
+        except ValueError as raised:
+            error = raised
+        self.labels.ranks.agree(error, own.device)
+        return row
