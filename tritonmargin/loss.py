@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tritonmargin import checks, reference
-from tritonmargin.backends.precision import accumulate
+from tritonmargin.backends.precision import accumulate, precision_of
 from tritonmargin.backends.registry import KernelError, backend_after, current_backend, load_backend
 from tritonmargin.backends.torch_ops import inverse_norm
 from tritonmargin.class_pass.exp_range import is_bounded
-from tritonmargin.class_pass.op import class_pass
+from tritonmargin.class_pass.op import class_pass, seen_as_ops
 from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
 from tritonmargin.margins import Margin, TargetRows
@@ -183,6 +183,8 @@ def fused_loss(call: Call, backend: str) -> Tensor | None:
     """The whole loss by the backend, if it can: for one rank, objective "softmax", no statistics. None: it cannot."""
     if not call.ranks.is_single or call.options.return_stats or call.options.objective != "softmax":
         return None
+    if seen_as_ops(call.inputs):
+        return None  # a compiler makes few kernels of the numbers per sample by itself
     try:
         return load_backend(backend).fused(call.inputs, call.margin, call.options, call.compute, call.updater)
     except KernelError as error:
@@ -300,6 +302,8 @@ def pass_spec(call: Call, rows: PassRows, backend: str, highest_offset: float) -
         want_hardest=call.others == "hardest" or options.return_stats,
         sparse=options.sparse_grad,
         dtype=call.compute,
+        precision=precision_of(call.compute, inputs.weight),
+        memory_budget=-1 if options.memory_budget is None else options.memory_budget,
         chunk_bytes=options.chunk_bytes or 0,
         retain_bytes=options.retain_bytes if needs_grad and call.others != "hardest" else 0,
         backend=backend,

@@ -104,6 +104,8 @@ class PassSpec:
     want_hardest: bool
     sparse: bool  # the gradient of weight is one of the active rows
     dtype: torch.dtype  # of the products
+    precision: str = "ieee"  # of float32's products: "tf32", or as it is
+    memory_budget: int = -1  # bytes beside inputs and gradients; -1: a share of the device's memory
     chunk_bytes: int  # 0: the backend's own size of a chunk
     retain_bytes: int
     backend: str

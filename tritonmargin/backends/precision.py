@@ -94,6 +94,11 @@ def precision(dtype: torch.dtype, target: str) -> str:
     return "tf32" if (_current.precision or as_set()) == "tf32" else "ieee"
 
 
+def precision_of(dtype: torch.dtype, x: Tensor) -> str:
+    """`precision` on the tensor's device."""
+    return precision(dtype, device_of(x).target) if dtype == torch.float32 else "ieee"
+
+
 def halves() -> bool:
     """Whether all operands of this pass are rounded as float16's are, those too that could be taken as they are."""
     return _current.halves

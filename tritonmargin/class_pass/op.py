@@ -19,7 +19,7 @@ from tritonmargin.backends.registry import KernelError, backend_after, load_back
 from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
-SAVED = 6  # tensors that a backend may save for backward: torch.func.vmap takes no lists of tensors
+SAVED = 10  # tensors that a backend may save for backward: torch.func.vmap takes no lists of tensors
 INPUTS, OUTPUTS, GRADS = len(PassInputs._fields), len(PassOutput._fields), len(PassGrads._fields)
 SPEC = tuple(field.name for field in fields(PassSpec))
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -89,9 +89,7 @@ def backward_pass(
         tensors = (*inputs, *padded(saved, inputs.x), *grads)
         packed = torch.ops.tritonmargin.class_pass_backward(*tensors, *needs, *encode(spec))
         return InputGrads(*(each if need else None for each, need in zip(packed, needs, strict=True)))
-    if torch.is_grad_enabled():
-        return InputGrads(*Once.apply(run, inputs.x, inputs.weight, inputs.bias, *grads))
-    return run()
+    return once(run, inputs.x, inputs.weight, inputs.bias, *grads)
 
 
 def by_backend(
@@ -148,13 +146,15 @@ def input_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool,
 def by_position(found: InputGrads, inputs: PassInputs, spec: PassSpec) -> list[Tensor | None]:
     grad_weight = found.weight
     if grad_weight is not None and spec.sparse:
-        weight, ids = inputs.weight, inputs.class_ids
-        ids = torch.arange(weight.shape[0], device=weight.device) if ids is None else ids
-        grad_weight = torch.sparse_coo_tensor(
-            ids[None], grad_weight, weight.shape, is_coalesced=True, check_invariants=False
-        )
+        grad_weight = as_sparse(grad_weight, inputs.weight, inputs.class_ids)
     positions = {"x": found.x, "weight": grad_weight, "bias": found.bias}
     return [positions.get(name) for name in PassInputs._fields]
+
+
+def as_sparse(rows: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
+    """The gradient [C, D] of which `rows` are the ones that are not 0."""
+    ids = torch.arange(weight.shape[0], device=weight.device) if ids is None else ids
+    return torch.sparse_coo_tensor(ids[None], rows, weight.shape, is_coalesced=True, check_invariants=False)
 
 
 def wanted(needs_input_grad: Sequence[bool]) -> tuple[bool, bool, bool]:
@@ -189,13 +189,7 @@ class ClassPass(torch.autograd.Function):
 
 def updating(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, bool]) -> list[Tensor | None]:
     """`input_gradients`, and the rows of the weight are updated."""
-    if ctx.done:
-        raise RuntimeError(
-            "tritonmargin: a second backward through a loss whose weight was updated in its first one "
-            "(update_in_backward): the weight is no longer the one of the forward pass"
-        )
-    update = ctx.updater.begin_in_backward(ctx.weight) if needs[1] and is_trained(ctx.weight) else None
-    ctx.done = update is not None
+    update = begin_update(ctx, needs[1])
     inputs, saved = PassInputs(*ctx.saved_tensors[:INPUTS]), ctx.saved_tensors[INPUTS:]
     needs = needs[0], update is not None, needs[2]
     found = backward_pass(inputs, saved, asked_for(inputs, ctx.spec, grads), needs, ctx.spec, update)
@@ -204,9 +198,28 @@ def updating(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, 
     return by_position(found._replace(weight=None), inputs, ctx.spec)
 
 
+def begin_update(ctx: Any, need_weight: bool) -> RowUpdate | None:
+    """The optimizer's step on ctx.weight, once; None where this backward is not about the weight."""
+    if ctx.done:
+        raise RuntimeError(
+            "tritonmargin: a second backward through a loss whose weight was updated in its first one "
+            "(update_in_backward): the weight is no longer the one of the forward pass"
+        )
+    update: RowUpdate | None = None
+    if need_weight and is_trained(ctx.weight):
+        update = ctx.updater.begin_in_backward(ctx.weight)
+    ctx.done = update is not None
+    return update
+
+
 def is_trained(weight: Tensor) -> bool:
     """Whether this backward is about the weight: `torch.autograd.grad(loss, x)` must not update it."""
     return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+
+
+def once(run: Callable[[], InputGrads], *tensors: Tensor | None) -> InputGrads:
+    """What `run` finds in a backward, given the tensors that it follows from; it cannot be differentiated again."""
+    return InputGrads(*Once.apply(run, *tensors)) if torch.is_grad_enabled() else run()
 
 
 class Once(torch.autograd.Function):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonmargin import permutation
-from tritonmargin.kernels.triton_ops import blocks, call
+from tritonmargin.backends.triton.launch import blocks, call
 
 GOLDEN, LAST_SHIFT = tl.constexpr(permutation.GOLDEN), tl.constexpr(permutation.LAST_SHIFT)
 (SHIFT_1, FACTOR_1), (SHIFT_2, FACTOR_2) = (map(tl.constexpr, pair) for pair in permutation.MIX)

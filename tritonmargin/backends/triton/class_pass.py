@@ -1,13 +1,13 @@
 """One class pass on a GPU: the launches of forward and backward.
 
-    forward    rows_kernel     x' in the compute dtype, the target's exact product, labels        a program a sample
-               classes_kernel  1/|w_j|, and w'_j where the products cannot take W as it is       (each chunk of copies)
-               reduce_kernel   z tile by tile, folded into numbers per sample and slot            (each chunk of copies)
-               numbers_kernel, or loss_kernel and sum_kernel: the slots' sums; margin and loss
-    backward   weigh_kernel    P = dL/dz, and sums over samples                                         each chunk
-               addmm           dX' += P^T W, in float32                                                 each chunk
-               finish_kernel   dL/dW, or the optimiser's update of the rows                             each chunk
-               back_kernel     dX' -> dX                                                         a program a sample
+forward    rows_kernel     x' in the compute dtype, the target's exact product, labels        a program a sample
+           classes_kernel  1/|w_j|, and w'_j where the products cannot take W as it is       (each chunk of copies)
+           reduce_kernel   z tile by tile, folded into numbers per sample and slot            (each chunk of copies)
+           numbers_kernel, or loss_kernel and sum_kernel: the slots' sums; margin and loss
+backward   weigh_kernel    P = dL/dz, and sums over samples                                         each chunk
+           addmm           dX' += P^T W, in float32                                                 each chunk
+           finish_kernel   dL/dW, or the optimiser's update of the rows                             each chunk
+           back_kernel     dX' -> dX                                                         a program a sample
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tritonmargin.backends.triton import row_kernels as rows_of
 from tritonmargin.backends.triton.finish_kernel import finish_kernel
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.logits_kernels import reduce_kernel, weigh_kernel
-from tritonmargin.backends.triton.plan import Plan, Tile, plan_for
+from tritonmargin.backends.triton.plan import Plan
 from tritonmargin.kernels.tiles import row_block
 from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed
 from tritonmargin.spec import InputGrads, PassInputs, PassSpec
@@ -108,7 +108,7 @@ def forward_pass(
         elif use:
             b = described(rows, (tile.shape[1], tile.shape[2]), use)
         call(
-            reduce_kernel, tile.count(n, stop - start), made, b, label, class_numbers, threshold, run, n, stop - start,
+            reduce_kernel, tile.programs_for(n, stop - start), made, b, label, class_numbers, threshold, run, n, stop - start,
             plan.line_d, start, plan.active, plan.line_d, rows.stride(0), stride_z,
             KIND=(spec.unit_weight and not plan.copied, bias is not None or offset is not None, start > 0, plan.library),
             HOW=(use, plan.precision), TILE=tile.shape, SPLIT=tile.split, **tile.options(),
@@ -227,7 +227,9 @@ def backward_pass(
     product = None
     if through and needs.weight and not plan.finish_inside:
         product = make((chunk, plan.line_d), dtype=torch.float32)
-    kind = Finishing(grads, upstream, half, along, by_class, grad_bias, product, count, norms, own_bias, hardest, update)
+    kind = Finishing(
+        grads, upstream, half, along, by_class, grad_bias, product, count, norms, own_bias, hardest, update
+    )
     for start in range(0, active, chunk):
         stop = min(start + chunk, active)
         p = None
@@ -298,7 +300,7 @@ def weigh(
         a = described(rows, (tile.shape[0], tile.shape[2]), use)
         b = described(saved.xs, (tile.shape[1], tile.shape[2]), use)
     call(
-        weigh_kernel, tile.count(stop - start, plan.n), a, b, saved.label, saved.numbers, grads,
+        weigh_kernel, tile.programs_for(stop - start, plan.n), a, b, saved.label, saved.numbers, grads,
         None if half is None else half.power, saved.class_numbers, p, sums, plan.n, stop - start, plan.line_d, start,
         plan.line, plan.active, rows.stride(0), plan.line_d, stride_z, plan.line_n,
         KIND=(spec.unit_weight and not plan.copied, inputs.bias is not None or inputs.offset is not None,
@@ -317,7 +319,7 @@ class Finishing(NamedTuple):
     by_class: Tensor | None
     grad_bias: Tensor | None
     product: Tensor | None
-    count: int
+    sample_blocks: int
     norms: tuple[bool, bool]
     own_bias: bool
     hardest: Exact | None
@@ -360,8 +362,8 @@ def finish(
         hardest = (kind.hardest.position, kind.hardest.product, kind.hardest.gradient, (1, 1))
     grad_bias = None if kind.grad_bias is None else (kind.grad_bias, True if kind.own_bias else None)
     call(
-        finish_kernel, tile.count(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
-        (kind.along, kind.by_class, grad_bias, kind.count), (x, hardest), kind.upstream,
+        finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
+        (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest), kind.upstream,
         None if half is None else half.extremes, weight, inputs.class_ids, out, changes, k, plan.line_n, start,
         plan.line, plan.active,
         (stride_p, plan.line_d, weight.stride(), 0 if out is None else out.stride(0), x.stride()), spec.scale, seed,

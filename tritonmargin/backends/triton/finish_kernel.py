@@ -48,9 +48,7 @@ def finish_kernel(
         position = (row + start).to(tl.int64)
         source = position if ids is None else tl.load(ids + position, mask=known, other=0)
         if KIND[3] == 0:
-            z = tile_product(
-                dlogits, xs, first_c, first_d, k, D, length, stride_p, stride_xs, True, KIND[8], TILE
-            )
+            z = tile_product(dlogits, xs, first_c, first_d, k, D, length, stride_p, stride_xs, True, KIND[8], TILE)
         elif KIND[3] == 1:
             column = first_d + tl.arange(0, BLOCK_D)
             place = row[:, None].to(tl.int64) * stride_p + column[None, :]
@@ -62,7 +60,7 @@ def finish_kernel(
         if KIND[1]:
             inverse = tl.load(class_numbers + INVERSE_W * line_c + position, mask=known, other=0.0)
             if KIND[3] != 2:
-                for block in range(0, blocks):
+                for block in range(blocks):
                     dot += tl.load(along + block.to(tl.int64) * k + row, mask=known, other=0.0)
                 dot *= inverse * inverse
         if half is not None:
@@ -152,7 +150,7 @@ def bias_rows(
     """dL/db of the rows: the sums over all samples, and the targets' own where the loss has made them."""
     found = tl.zeros((BLOCK_C,), tl.float32)
     if by_class is not None:
-        for block in range(0, blocks):
+        for block in range(blocks):
             found += tl.load(by_class + block.to(tl.int64) * k + row, mask=known, other=0.0)
         if half is not None:
             found *= half_factor(half)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tritonmargin.backends.registry import KernelError, backend_after, on_device
 from tritonmargin.backends.triton import row_kernels as rows_of
 from tritonmargin.backends.triton.class_pass import Needs, Saved, backward_pass, forward_pass
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.plan import plan_for
-from tritonmargin.spec import PassInputs, PassSpec
+from tritonmargin.class_pass.op import INPUTS, as_sparse, begin_update, once
+from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.spec import InputGrads, PassInputs, PassSpec
 
 if TYPE_CHECKING:
     from tritonmargin.margins.base import RowFormula
@@ -59,25 +63,48 @@ class FusedLoss(torch.autograd.Function):
             found, factor = grads.new_empty(()), grads.new_empty(())
             call(rows_of.sum_kernel, 1, losses, found, factor, n, MEAN=loss.reduction == "mean", BLOCK=1024)
         ctx.save_for_backward(*inputs, grads, factor, *saved)
-        ctx.loss, ctx.plan, ctx.weight, ctx.done = loss._replace(inputs=None), plan, weight, False
+        ctx.plan, ctx.updater, ctx.weight, ctx.done = plan, loss.updater, weight, False
+        ctx.spec, ctx.scaled = spec, formula.function is not None and not spec.unit_embeddings
         return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        tensors = ctx.saved_tensors
-        inputs, (grads, factor), saved = PassInputs(*tensors[:8]), tensors[8:10], Saved(*tensors[10:])
-        loss, plan = ctx.loss, ctx.plan
+        tensors, spec = ctx.saved_tensors, ctx.spec
+        inputs = PassInputs(*tensors[:INPUTS])
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        update = None
+        if ctx.updater is not None:
+            update = begin_update(ctx, need_weight)
+            need_weight = update is not None
+        needs = Needs(need_x, need_weight, need_bias)
+        with on_device(inputs.x):
+            found = once(
+                partial(gradients, ctx, upstream, needs, update), inputs.x, inputs.weight, inputs.bias, upstream
+            )
+        grad_weight = found.weight
+        if update is not None:
+            ctx.updater.finish_in_backward(ctx.weight, update, inputs.class_ids)
+        elif grad_weight is not None and spec.sparse:
+            grad_weight = as_sparse(grad_weight, inputs.weight, inputs.class_ids)
+        return found.x, grad_weight, found.bias, None
+
+
+def gradients(ctx: Any, upstream: Tensor, needs: Needs, update: RowUpdate | None) -> InputGrads:
+    plan, spec, tensors = ctx.plan, ctx.spec, ctx.saved_tensors
+    inputs, (grads, factor) = PassInputs(*tensors[:INPUTS]), tensors[INPUTS : INPUTS + 2]
+    try:
         factors: tuple[Tensor, ...] = (upstream, factor)
         if factor is None:
             each = torch.empty_like(grads)
             call(rows_of.upstream_kernel, blocks(plan.line, 128), grads, upstream, each, plan.n, plan.line,
                  upstream.stride(0), LINES=rows_of.GRADS, BLOCK=128)  # fmt: skip
             grads, factors = each, ()
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        scaled = loss.formula.function is not None and not loss.spec.unit_embeddings
-        found = backward_pass(
-            inputs, saved, grads, factors, Needs(need_x, need_weight, need_bias), loss.spec, plan,
-            norms=(scaled, scaled and not loss.spec.unit_weight), own_bias=True,
+        return backward_pass(
+            inputs, Saved(*tensors[INPUTS + 2 :]), grads, factors, needs, spec, plan, update=update,
+            norms=(ctx.scaled, ctx.scaled and not spec.unit_weight), own_bias=True,
         )  # fmt: skip
-        return found.x, found.weight, found.bias, None
+    except KernelError as error:
+        backend_after(error, spec.backend, update)
+        raise KernelError(
+            f"tritonmargin: a kernel failed in backward ({error}). The next step does without the kernels."
+        ) from error

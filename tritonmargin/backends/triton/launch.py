@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from tritonmargin.kernels import KernelError
+from tritonmargin.backends.registry import KernelError
 
 
 def writable_cache() -> None:

@@ -15,7 +15,7 @@ from tritonmargin.backends.triton.class_pass import (
     forward_pass,
 )
 from tritonmargin.backends.triton.launch import blocks, call
-from tritonmargin.backends.triton.plan import Plan, plan_for
+from tritonmargin.backends.triton.plan import Plan, kept_copies, plan_for
 from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
@@ -25,13 +25,15 @@ def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tenso
     saved, slots = forward_pass(inputs, spec, plan)
     n, x = plan.n, inputs.x
     empty = x.new_empty(0, dtype=torch.float32)
-    out = torch.empty((5, n), dtype=torch.float32, device=x.device)
+    asked = (spec.want_rest, True, True, True, inputs.mean_weight is not None)
+    out = [torch.empty(n, dtype=torch.float32, device=x.device) if each else empty for each in asked]
     if n:
         call(
             rows_of.numbers_kernel, blocks(plan.line, 8), slots.total, slots.maximum, slots.mean, saved.numbers,
-            saved.label, out, n, plan.line, slot_count(slots.total), n, BLOCK_N=8, BLOCK_S=256, num_warps=8,
+            tuple(out), n, plan.line, blocks(min(plan.forward_chunk, plan.active), plan.reduce.shape[1]),
+            BLOCK_N=8, BLOCK_S=256, num_warps=8,
         )  # fmt: skip
-    rest, product, norm_w, norm_x, mean = out.unbind(0)
+    rest, product, norm_w, norm_x, mean = out
     if inputs.threshold is not None and n:
         saved.numbers[rows_of.REST.value, :n] = inputs.threshold * rows_of.LOG2E.value
     hinge, violations = empty, empty
@@ -41,22 +43,18 @@ def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tenso
     if slots.hardest is not None and slots.hardest_row is not None:
         hardest_product, hardest_row, exact = hardest_of(inputs, spec, plan, saved, slots)
     output = PassOutput(
-        rest=rest if spec.want_rest else empty,
+        rest=rest,
         target_product=product,
         target_norm=norm_w,
         embedding_norm=norm_x,
-        mean_logit=empty if inputs.mean_weight is None else mean,
+        mean_logit=mean,
         hinge=hinge,
         violations=violations,
         hardest_product=hardest_product,
         hardest_row=hardest_row,
     )
-    kept = [*saved[:3], saved.class_numbers, saved.target_rows, saved.rows, saved.logits, *(exact or (None,) * 3)]
+    kept = [*saved, *(exact or ())]
     return output, tuple(empty if each is None else each for each in kept)
-
-
-def slot_count(slots: Tensor | None) -> int:
-    return 0 if slots is None else slots.shape[0]
 
 
 def hardest_of(
@@ -106,7 +104,9 @@ def backward(
     update: RowUpdate | None = None,
 ) -> InputGrads:
     plan = plan_for(inputs.x, inputs.weight, inputs.class_ids, spec)
-    kept = Saved(*(each if each.numel() or i in (0, 1, 2, 4) else None for i, each in enumerate(saved[:7])))  # type: ignore[arg-type]
+    kept = Saved(
+        *(each if each.numel() or i in (0, 1, 2, 4) else None for i, each in enumerate(saved[: len(Saved._fields)]))
+    )  # type: ignore[arg-type]
     made = torch.empty((rows_of.GRADS, plan.line), dtype=torch.float32, device=inputs.x.device)
     pass_grad = grads.hinge if inputs.threshold is not None else grads.rest
     if not plan.n:
@@ -120,7 +120,7 @@ def backward(
     if grads.hardest_product is not None:
         gradient = torch.zeros(plan.line, dtype=torch.float32, device=inputs.x.device)
         gradient[: plan.n] = grads.hardest_product
-        hardest = Exact(saved[7], saved[8], saved[9], gradient)
+        hardest = Exact(*saved[len(Saved._fields) : len(Saved._fields) + 3], gradient)
     return backward_pass(
         inputs, kept, made, (), Needs(*needs), spec, plan,
         update=update,
@@ -128,3 +128,41 @@ def backward(
         norms=(grads.embedding_norm is not None, grads.target_norm is not None),
         hardest=hardest,
     )  # fmt: skip
+
+
+def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
+    """Empty tensors like those of `forward`, for any N."""
+    x, weight = inputs.x, inputs.weight
+    n, d = x.shape
+    active = weight.shape[0] if inputs.class_ids is None else inputs.class_ids.shape[0]
+    line, line_n, line_d = (n + 127) // 128 * 128, (n + 15) // 16 * 16, (d + 15) // 16 * 16
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    empty = made(0)
+    hinging, hardest = inputs.threshold is not None, n if spec.want_hardest else 0
+    per_row = spec.unit_weight or any(each is not None for each in (inputs.bias, inputs.offset, inputs.mean_weight))
+    retained = plan_for(x, weight, inputs.class_ids, spec).retained if spec.retain_bytes else 0
+    output = PassOutput(
+        rest=made(n) if spec.want_rest else empty,
+        target_product=made(n),
+        target_norm=made(n),
+        embedding_norm=made(n),
+        mean_logit=empty if inputs.mean_weight is None else made(n),
+        hinge=made(n) if hinging else empty,
+        violations=made(n) if hinging else empty,
+        hardest_product=made(hardest),
+        hardest_row=made(hardest, dtype=torch.int64),
+    )
+    saved = Saved(
+        xs=made(line_n, line_d, dtype=spec.dtype),
+        numbers=made(rows_of.NUMBERS, line),
+        label=made(line, dtype=torch.int32),
+        class_numbers=made(rows_of.CLASS_NUMBERS, active) if per_row else empty,
+        target_rows=made(n, d, dtype=weight.dtype),
+        rows=made(active, line_d, dtype=spec.dtype) if kept_copies(x, weight, inputs.class_ids, spec) else empty,
+        logits=made(retained, line_n) if retained else empty,
+    )
+    exact = (made(line, dtype=torch.int32), made(n, d), made(line)) if spec.want_hardest else ()
+    return output, (*saved, *exact)  # type: ignore[return-value]

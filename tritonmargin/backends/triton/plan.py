@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from tritonmargin.spec import PassSpec
 SLOTS = 64 << 20  # bytes that partial sums per sample may take
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile:
     """How a kernel cuts its product, and how it is launched."""
 
     shape: tuple[int, int, int]  # rows, columns, of the sum at a time
@@ -26,7 +28,7 @@ class Tile(NamedTuple):
     programs: int  # at most; 0: one a tile
     descriptors: bool
 
-    def count(self, m: int, n: int) -> int:
+    def programs_for(self, m: int, n: int) -> int:
         count = blocks(m, self.shape[0]) * blocks(n, self.shape[1])
         return min(count, self.programs) if self.programs else count
 
@@ -62,21 +64,39 @@ class Plan(NamedTuple):
 
 
 def plan_for(x: Tensor, weight: Tensor, class_ids: Tensor | None, spec: PassSpec) -> Plan:
-    precision = "ieee"
-    if spec.dtype == torch.float32:
-        precision = spec.precision
-    copied = spec.dtype != weight.dtype or class_ids is not None or precision == "tf32" or not fits(weight)
-    copied = copied or (spec.dtype == torch.float16 and spec.unit_weight)  # P holds no 1/|w| there
     active = weight.shape[0] if class_ids is None else class_ids.shape[0]
-    (n, d), device = x.shape, device_of(x)
-    budget = device.memory // 64 if spec.memory_budget is None else spec.memory_budget
+    (n, d), device, copied = x.shape, device_of(x), copies(weight, class_ids, spec)
+    precision = spec.precision if spec.dtype == torch.float32 else "ieee"
+    budget = budget_of(device, spec)
     return make_plan(n, d, active, device, spec.dtype, precision, copied, budget, spec.chunk_bytes, spec.retain_bytes)
+
+
+def copies(weight: Tensor, class_ids: Tensor | None, spec: PassSpec) -> bool:
+    """Whether the products cannot take W as it is. float16's P holds no 1/|w|: there unit rows are copied too."""
+    if class_ids is not None or spec.dtype != weight.dtype or not fits(weight):
+        return True
+    return spec.unit_weight if spec.dtype == torch.float16 else spec.dtype == torch.float32 and spec.precision == "tf32"
+
+
+def kept_copies(x: Tensor, weight: Tensor, class_ids: Tensor | None, spec: PassSpec) -> bool:
+    """Whether forward copies all class rows at once and keeps them for backward."""
+    active = weight.shape[0] if class_ids is None else class_ids.shape[0]
+    if spec.chunk_bytes or not copies(weight, class_ids, spec):
+        return False
+    return active * (blocks(weight.shape[1], 16) * 16) * spec.dtype.itemsize <= budget_of(device_of(x), spec) // 2
+
+
+def budget_of(device: Device, spec: PassSpec) -> int:
+    return device.memory // 64 if spec.memory_budget < 0 else spec.memory_budget
 
 
 def fits(weight: Tensor) -> bool:
     """Whether the products can take W as it is stored: lines and addresses are multiples of 16 bytes, and of 16."""
-    return weight.stride(1) == 1 and weight.stride(0) % 16 == 0 and weight.shape[1] % 16 == 0 and not (
-        weight.data_ptr() % 16
+    return (
+        weight.stride(1) == 1
+        and weight.stride(0) % 16 == 0
+        and weight.shape[1] % 16 == 0
+        and not (weight.data_ptr() % 16)
     )
 
 
@@ -100,7 +120,7 @@ def make_plan(
         block_d = min(128, max(16, next_power(d)))
         block_l = 64 if device.target != "interpreter" else 16
         finish = Tile(
-            (tiles.block_c, block_d, block_l), parts(block_d), tiles.warps, tiles.stages, tiles.registers,
+            (min(tiles.block_c, 16 * tiles.warps), block_d, block_l), parts(block_d), tiles.warps, tiles.stages, tiles.registers,
             tiles.programs, tiles.descriptors,
         )  # fmt: skip
     else:

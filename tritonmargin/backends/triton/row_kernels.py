@@ -13,7 +13,9 @@ import triton.language as tl
 INVERSE_X = tl.constexpr(0)  # 1/|x|, 0 for a zero row and for an ignored sample
 PRODUCT = tl.constexpr(1)  # x' . w'_y
 NORM_W = tl.constexpr(2)  # |w_y|
-REST = tl.constexpr(3)  # log2 sum_{j != y} exp(z_j), inf where there is no other class; or the hinge's threshold / log 2
+REST = tl.constexpr(
+    3
+)  # log2 sum_{j != y} exp(z_j), inf where there is no other class; or the hinge's threshold / log 2
 NORM_X = tl.constexpr(4)  # |x|
 BIAS_Y = tl.constexpr(5)
 WEIGHT_Y = tl.constexpr(6)  # class weight
@@ -202,23 +204,23 @@ def mean_of(mean, i, n, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     return tl.sum(found, axis=0)
 
 
-@triton.jit(do_not_specialize=["n", "line", "slots", "stride_out"])
+@triton.jit(do_not_specialize=["n", "line", "slots"])
 def numbers_kernel(
-    total, maximum, mean, numbers, label, out, n, line, slots, stride_out,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    total, maximum, mean, numbers, out, n, line, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """The slots' sums, and what forward knows of a sample, as they go to PyTorch: see `Numbers` in class_pass.py."""
+    """The slots' sums, and what forward knows of a sample, as PyTorch takes them: rest, product, |w_y|, |x|, mean."""
+    rest_out, product, norm_w, norm_x, mean_out = out
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i < n
     if total is not None:
         rest = rest_of(total, maximum, i, n, slots, BLOCK_N, BLOCK_S)
-        tl.store(out + i, rest * LN2, mask=inside)
+        tl.store(rest_out + i, rest * LN2, mask=inside)
         tl.store(numbers + REST * line + i, tl.where(rest == -float("inf"), float("inf"), rest), mask=i < line)
-    tl.store(out + stride_out + i, tl.load(numbers + PRODUCT * line + i, mask=inside), mask=inside)
-    tl.store(out + 2 * stride_out + i, tl.load(numbers + NORM_W * line + i, mask=inside), mask=inside)
-    tl.store(out + 3 * stride_out + i, tl.load(numbers + NORM_X * line + i, mask=inside), mask=inside)
+    tl.store(product + i, tl.load(numbers + PRODUCT * line + i, mask=inside), mask=inside)
+    tl.store(norm_w + i, tl.load(numbers + NORM_W * line + i, mask=inside), mask=inside)
+    tl.store(norm_x + i, tl.load(numbers + NORM_X * line + i, mask=inside), mask=inside)
     if mean is not None:
-        tl.store(out + 4 * stride_out + i, mean_of(mean, i, n, slots, BLOCK_N, BLOCK_S), mask=inside)
+        tl.store(mean_out + i, mean_of(mean, i, n, slots, BLOCK_N, BLOCK_S), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "line", "slots"])
