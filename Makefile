@@ -20,7 +20,7 @@ demo-sharded: $(VENV)/demo.done
 
 # The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
-KERNELS := tests/test_kernels.py tests/test_draw.py
+KERNELS := tests/test_kernels.py tests/test_draw.py tests/test_formulas.py
 # What differs between GPUs: the tile kernel, at the size that has several tiles in every direction, in bfloat16.
 FEWER := "several and bfloat16 or not (reduce_chunk or weigh_chunk or finish_rows or prepare_rows or liger)"
 

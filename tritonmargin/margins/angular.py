@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, TargetRows
+from tritonmargin.margins.base import GRADIENT, Margin, TargetRows, held
+from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, sine, tl, triton
 
 BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
 
@@ -31,6 +32,16 @@ class CosFace(Margin):
 
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product - rows.scale * self.m
+
+    def row_formula(self) -> RowFormula:
+        return RowFormula(cosface_formula, held(self, "m"))
+
+
+@triton.jit
+def cosface_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
+    """numbers: m; no OPTIONS. cos is not clamped, as above."""
+    phi = cos - tl.load(numbers[0]).to(tl.float32)
+    return phi, tl.full(phi.shape, 1.0, tl.float32)
 
 
 class CombinedMargin(Margin):
@@ -101,6 +112,9 @@ class CombinedMargin(Margin):
         found: Tensor = AngularCosine.apply(cos, self.m1, self.m2, self.beyond_pi)
         return found - self.m3
 
+    def row_formula(self) -> RowFormula:
+        return RowFormula(combined_formula, held(self, "m1", "m2", "m3"), (self.gradient, self.beyond_pi))
+
 
 class ArcFace(Margin):
     """Additive angular margin: t = s cos(theta + m), the others s cos theta.
@@ -140,6 +154,9 @@ class ArcFace(Margin):
             return super().bounded_cosine(cos)
         found: Tensor = AngularCosine.apply(cos, None, self.m, self.beyond_pi)
         return found
+
+    def row_formula(self) -> RowFormula:
+        return RowFormula(arcface_formula, held(self, "m"), (self.gradient, self.beyond_pi))
 
 
 def written_out(margin: Margin, kind: type[Margin], cos: Tensor, *numbers: Tensor) -> bool:
@@ -207,3 +224,60 @@ def combined_slope(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -
 def angle(cos: Tensor, m1: Tensor | None, m2: Tensor) -> Tensor:
     theta = torch.acos(cos)
     return (theta if m1 is None else m1 * theta) + m2
+
+
+# -- the same inside a kernel ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def arcface_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
+    """numbers: m; OPTIONS: gradient, beyond_pi. No angle: cos(theta + m) by the addition theorem."""
+    m = tl.load(numbers[0]).to(tl.float64)
+    a, b = cosine(m).to(tl.float32), sine(m).to(tl.float32)
+    cos, near = clamped(cos)
+    inner = cos * a - tl.sqrt_rn((1.0 - cos) * (1.0 + cos)) * b
+    slope = a + near * b / tl.sqrt_rn((1.0 - near) * (1.0 + near))
+    phi, slope = with_beyond(cos, near, inner, slope, cos < -a, near < -a, m, OPTIONS[1])
+    return finished(phi, slope, OPTIONS[0])
+
+
+@triton.jit
+def combined_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
+    """numbers: m1, m2, m3; OPTIONS: gradient, beyond_pi."""
+    m1, m2, m3 = numbers
+    m1, m2, m3 = tl.load(m1).to(tl.float64), tl.load(m2).to(tl.float64), tl.load(m3).to(tl.float64)
+    cos, near = clamped(cos)
+    cos, near = cos.to(tl.float64), near.to(tl.float64)
+    alpha, beta = m1 * arccos(cos) + m2, m1 * arccos(near) + m2
+    slope = m1 * sine(beta) / tl.sqrt((1.0 - near) * (1.0 + near))
+    excess = 3.141592653589793 - (3.141592653589793 - m2) / m1
+    # A number is rounded to float32 where it is compared, and is not where it is subtracted.
+    beyond, slope_beyond = alpha - 3.141592653589793 > 0.0, beta - 3.141592653589793 > 0.0
+    phi, slope = with_beyond(cos, near, cosine(alpha), slope, beyond, slope_beyond, excess, OPTIONS[1])
+    return finished(phi - m3, slope, OPTIONS[0])
+
+
+@triton.jit
+def with_beyond(
+    cos: tl.tensor,
+    near: tl.tensor,
+    inner: tl.tensor,
+    slope: tl.tensor,
+    beyond: tl.tensor,
+    slope_beyond: tl.tensor,
+    excess: tl.tensor,
+    BEYOND_PI: tl.constexpr,
+) -> Any:
+    """`inner` and its slope, or where alpha > pi the ones that `beyond_pi` names; excess: pi - theta0."""
+    outer, outer_slope = cos, 1.0
+    if BEYOND_PI == "easy":
+        beyond, slope_beyond = cos <= 0.0, near <= 0.0
+    elif BEYOND_PI == "clip":
+        outer, outer_slope = -1.0, 0.0
+    elif BEYOND_PI == "cos-mm":
+        outer = cos - (excess * sine(excess)).to(cos.dtype)
+    elif BEYOND_PI == "continuous":
+        outer = cos - (1.0 - cosine(excess)).to(cos.dtype)
+    if BEYOND_PI != "raw":
+        inner, slope = tl.where(beyond, outer, inner), tl.where(slope_beyond, outer_slope, slope)
+    return inner, slope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from tritonmargin.margins.in_kernel import TRITON, RowFormula
+
 GRADIENT = ("exact", "straight-through")
+METHODS = ("target_logit", "bounded_cosine", "target_cosine")  # each of them can say what a margin is
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,34 @@ class Margin(nn.Module):
         """`target_cosine` with a slope that stays finite at cos = +-1."""
         return inside(self.target_cosine, cos)
 
+    def row_formula(self) -> RowFormula:
+        """What `formula` gives where it can. A class that has one computes there what its methods compute."""
+        raise NotImplementedError(f"{type(self).__name__} has no formula for kernels")
+
+    @property
+    def formula(self) -> RowFormula | None:
+        """This margin as a function that kernels call; None where only the methods above say what it is.
+
+        None too while torch.compile traces: it makes few kernels of the methods by itself.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        own, dictionary = type(self), self.__dict__
+        kind = kind_of(own)  # type: ignore[arg-type]
+        if not TRITON or kind is Margin or not isinstance(dictionary.get("s"), float):
+            return None
+        for name in METHODS:  # of a subclass, or put on this object
+            if getattr(own, name) is not getattr(kind, name) or name in dictionary:
+                return None
+        # A kernel gives the slope in cos and no other, and neither torch.func nor forward mode sees it.
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        formula = self.row_formula()
+        for number in formula.numbers:
+            if number is None or number.requires_grad or number.ndim:
+                return None
+        return formula
+
     @property
     def logit_bound(self) -> float:
         """A number that |x'_i . w'_j| never exceeds; inf when nothing is known."""
@@ -174,6 +206,17 @@ class Margin(nn.Module):
         scale = [f"s={self.s:g}"] if self.unit_embeddings and not isinstance(self.s, Tensor) else []
         choices = [f"{name}={getattr(self, name)!r}" for name in self.options]
         return ", ".join(numbers + scale + choices)
+
+
+@functools.cache
+def kind_of(margin: type[Margin]) -> type[Margin]:
+    """The class that wrote the formula for kernels that `margin` has."""
+    return next(kind for kind in margin.__mro__ if "row_formula" in kind.__dict__)
+
+
+def held(margin: Margin, *names: str) -> tuple[Tensor, ...]:
+    """A margin's numbers. From its dictionary: attributes of a module take microseconds each."""
+    return tuple([margin._buffers.get(name) for name in names])  # type: ignore[misc]
 
 
 def positive(name: str, value: object) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin
+from tritonmargin.margins.base import GRADIENT, Margin, held
+from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, odd, sine, tl, triton
 
 
 class LSoftmax(Margin):
@@ -49,6 +50,9 @@ class LSoftmax(Margin):
 
     def target_cosine(self, cos: Tensor) -> Tensor:
         return (self.lam * cos + psi_integer(cos, self.m)) / (1.0 + self.lam)
+
+    def row_formula(self) -> RowFormula:
+        return RowFormula(annealed_formula, held(self, "lam"), (self.gradient, self.m))
 
     def extra_repr(self) -> str:
         return f"m={self.m}, {super().extra_repr()}"
@@ -107,6 +111,9 @@ class SphereFaceR(Margin):
         k = piece(theta, self.m)
         return (1.0 - 2.0 * (k % 2)) * torch.cos(self.m * theta) - 2.0 * k
 
+    def row_formula(self) -> RowFormula:
+        return RowFormula(sphereface_r_formula, held(self, "m"), (self.gradient,))
+
 
 def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]
     """psi for an integer m, cos(m theta) by the recurrence T_n = 2 cos T_{n-1} - T_{n-2}."""
@@ -120,3 +127,34 @@ def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]
 def piece(theta: Tensor, m: float | Tensor) -> Tensor:  # [N] -> [N]
     """k = floor(m theta / pi), a constant for autograd. At theta = pi itself both neighbours give the same value."""
     return torch.floor(theta.detach() * m / math.pi)
+
+
+@triton.jit
+def annealed_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
+    """LSoftmax and ASoftmax; numbers: lam, OPTIONS: gradient, m."""
+    lam = tl.load(numbers[0]).to(tl.float64)
+    cos, near = clamped(cos)
+    psi, slope = psi_and_slope(cos, near, OPTIONS[1])
+    phi = (lam * cos.to(tl.float64) + psi) / (1.0 + lam)
+    return finished(phi, (lam + slope) / (1.0 + lam), OPTIONS[0])
+
+
+@triton.jit
+def sphereface_r_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
+    """numbers: m, OPTIONS: gradient."""
+    cos, near = clamped(cos)
+    psi, slope = psi_and_slope(cos, near, tl.load(numbers[0]).to(tl.float64))
+    return finished(psi, slope, OPTIONS[0])
+
+
+@triton.jit
+def psi_and_slope(cos: tl.tensor, near: tl.tensor, m: tl.tensor) -> Any:
+    """psi of cos, and d psi / d cos at `near`, (-1)^k m sin(m theta) / sin(theta); m whole or not, float64."""
+    alpha = m * arccos(cos.to(tl.float64))
+    k = tl.floor(alpha * 0.3183098861837907)
+    value = cosine(alpha)
+    value = tl.where(odd(k), -value, value) - 2.0 * k
+    near = near.to(tl.float64)
+    alpha = m * arccos(near)
+    slope = m * sine(alpha) / tl.sqrt((1.0 - near) * (1.0 + near))
+    return value, tl.where(odd(tl.floor(alpha * 0.3183098861837907)), -slope, slope)

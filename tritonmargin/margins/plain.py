@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tritonmargin.margins.base import Margin, TargetRows
+from tritonmargin.margins.in_kernel import RowFormula
 
 
 class Softmax(Margin):
@@ -22,6 +23,9 @@ class Softmax(Margin):
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
 
+    def row_formula(self) -> RowFormula:
+        return RowFormula()
+
 
 class L2Softmax(Margin):
     """L2-constrained softmax: z_ij = s (x_i/|x_i|) . w_j + b_j, t = z_iy; class rows are not normalised.
@@ -38,6 +42,9 @@ class L2Softmax(Margin):
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
 
+    def row_formula(self) -> RowFormula:
+        return RowFormula()
+
 
 class NormFace(Margin):
     """Cosine softmax: z_ij = s cos theta_ij, t = z_iy.
@@ -51,3 +58,6 @@ class NormFace(Margin):
 
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
+
+    def row_formula(self) -> RowFormula:
+        return RowFormula()
