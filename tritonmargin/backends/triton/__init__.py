@@ -97,9 +97,17 @@ def contiguous(inputs: PassInputs) -> PassInputs:
         for each in (inputs.class_ids, inputs.bias, inputs.threshold, inputs.offset)
     ):
         return inputs
-    together = [None if each is None else each.contiguous() for each in inputs[2:5]]
-    rest = [None if each is None else each.contiguous() for each in inputs[6:]]
-    return PassInputs(inputs.x, inputs.weight, *together, inputs.mean_weight, *rest)  # type: ignore[arg-type]
+    return inputs._replace(
+        target=inputs.target.contiguous(),
+        class_ids=together(inputs.class_ids),
+        bias=together(inputs.bias),
+        threshold=together(inputs.threshold),
+        offset=together(inputs.offset),
+    )
+
+
+def together(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def smoothing_weights(

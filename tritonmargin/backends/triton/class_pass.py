@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -104,13 +104,14 @@ def forward_pass(
         if plan.library:
             z = retained[start:stop] if retained is not None and stop <= plan.retained else room[: stop - start]  # type: ignore[index]
             multiply(rows, xs.t(), z, plan.precision)
-            made, b, stride_z = z, None, plan.line_n
+            made, b, stride_z = z, cast(Any, None), plan.line_n
         elif use:
             b = described(rows, (tile.shape[1], tile.shape[2]), use)
         call(
-            reduce_kernel, tile.programs_for(n, stop - start), made, b, label, class_numbers, threshold, run, n, stop - start,
-            plan.line_d, start, plan.active, plan.line_d, rows.stride(0), stride_z,
-            KIND=(spec.unit_weight and not plan.copied, bias is not None or offset is not None, start > 0, plan.library),
+            reduce_kernel, tile.programs_for(n, stop - start), made, b, label, class_numbers, threshold, run, n,
+            stop - start, plan.line_d, start, plan.active, plan.line_d, rows.stride(0), stride_z,
+            KIND=(spec.unit_weight and not plan.copied, bias is not None or offset is not None, start > 0,
+                  plan.library),
             HOW=(use, plan.precision), TILE=tile.shape, SPLIT=tile.split, **tile.options(),
         )  # fmt: skip
     kept = copies if plan.whole else None
@@ -197,8 +198,8 @@ def backward_pass(
 ) -> InputGrads:
     """Gradients from `grads` [GRADS, line] times the numbers `upstream`.
 
-    through: whether anything comes through the logits, else through the exact rows alone. norms: whether |x| and whether |w_y|
-    have gradients. own_bias: whether b_y's part of t is in grads, for nobody else will add it.
+    through: whether anything comes through the logits, else through the exact rows alone. norms: whether |x| and
+    whether |w_y| have gradients. own_bias: whether b_y's part of t is in grads, for nobody else will add it.
     """
     x, weight = inputs.x, inputs.weight
     make = functools.partial(torch.empty, device=x.device)
@@ -393,7 +394,7 @@ def add_product(out: Tensor, p: Tensor, rows: Tensor, first: bool, precision: st
         with as_precise(precision):
             torch.addmm(out, a, rows, beta=0 if first else 1, out=out)
     elif wide_products(p.device):
-        torch.addmm(out, a, rows, beta=0 if first else 1, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        torch.addmm(out, a, rows, beta=0 if first else 1, out_dtype=torch.float32, out=out)
     else:
         torch.addmm(out, a.float(), rows.float(), beta=0 if first else 1, out=out)
 
@@ -403,7 +404,7 @@ def wide_products(device: torch.device) -> bool:
     """Whether torch multiplies 16 bits into float32 there without copies of the operands."""
     try:
         a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.empty(16, 16, device=device)
-        torch.addmm(out, a, a, beta=0, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        torch.addmm(out, a, a, beta=0, out_dtype=torch.float32, out=out)
         return True
     except (RuntimeError, TypeError):
         return False

@@ -61,7 +61,7 @@ def finish_kernel(
             inverse = tl.load(class_numbers + INVERSE_W * line_c + position, mask=known, other=0.0)
             if KIND[3] != 2:
                 for block in range(blocks):
-                    dot += tl.load(along + block.to(tl.int64) * k + row, mask=known, other=0.0)
+                    dot += tl.load(along + tl.cast(block, tl.int64) * k + row, mask=known, other=0.0)
                 dot *= inverse * inverse
         if half is not None:
             undo = half_factor(half)
@@ -151,7 +151,7 @@ def bias_rows(
     found = tl.zeros((BLOCK_C,), tl.float32)
     if by_class is not None:
         for block in range(blocks):
-            found += tl.load(by_class + block.to(tl.int64) * k + row, mask=known, other=0.0)
+            found += tl.load(by_class + tl.cast(block, tl.int64) * k + row, mask=known, other=0.0)
         if half is not None:
             found *= half_factor(half)
     pointer, own_too = grad_bias

@@ -3,8 +3,8 @@
     reduce_kernel   z = x' . w'_j, folded into numbers per sample                                       forward
     weigh_kernel    z again, and P = dL/dz of it, with the sums over samples that the Jacobian needs     backward
 
-A logit is in units of log 2: exp(z) is exp2 of it, one instruction. Where class rows are taken as they are stored, 1/|w|
-multiplies the product afterwards, and P carries it into dX and dW.
+A logit is in units of log 2: exp(z) is exp2 of it, one instruction. Where class rows are taken as they are stored,
+1/|w| multiplies the product afterwards, and P carries it into dX and dW.
 
 Nothing is shared between programs: a tile folds its classes into a slot of its own. So there are no atomics and no
 locks, and the result is the same on every run.
@@ -82,18 +82,21 @@ def parts_of(z, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
     """The tile's columns in 1, 2, 4 or 8 parts: what is kept beside all of it would not fit the registers."""
     if PARTS == 1:
         return (z,)
-    a, b = halves_of(z, M, N)
-    if PARTS == 2:
-        return a, b
-    a0, a1 = halves_of(a, M, N // 2)
-    b0, b1 = halves_of(b, M, N // 2)
-    if PARTS == 4:
-        return a0, a1, b0, b1
-    a00, a01 = halves_of(a0, M, N // 4)
-    a10, a11 = halves_of(a1, M, N // 4)
-    b00, b01 = halves_of(b0, M, N // 4)
-    b10, b11 = halves_of(b1, M, N // 4)
-    return a00, a01, a10, a11, b00, b01, b10, b11
+    else:
+        a, b = halves_of(z, M, N)
+        if PARTS == 2:
+            return a, b
+        else:
+            a0, a1 = halves_of(a, M, N // 2)
+            b0, b1 = halves_of(b, M, N // 2)
+            if PARTS == 4:
+                return a0, a1, b0, b1
+            else:
+                a00, a01 = halves_of(a0, M, N // 4)
+                a10, a11 = halves_of(a1, M, N // 4)
+                b00, b01 = halves_of(b0, M, N // 4)
+                b10, b11 = halves_of(b1, M, N // 4)
+                return a00, a01, a10, a11, b00, b01, b10, b11
 
 
 @triton.jit(do_not_specialize=["n", "k", "start", "line_c", "stride_z"])

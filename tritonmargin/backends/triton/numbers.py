@@ -20,6 +20,9 @@ from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 
+COUNT = len(Saved._fields)
+
+
 def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
     plan = plan_for(inputs.x, inputs.weight, inputs.class_ids, spec)
     saved, slots = forward_pass(inputs, spec, plan)
@@ -61,7 +64,8 @@ def hardest_of(
     inputs: PassInputs, spec: PassSpec, plan: Plan, saved: Saved, slots: Slots
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The exact product with the hardest class's row, its position; and position, row and product for backward."""
-    assert slots.hardest is not None and slots.hardest_row is not None
+    assert slots.hardest is not None
+    assert slots.hardest_row is not None
     highest, row = hardest_slot(slots.hardest, slots.hardest_row)
     found = row.clamp(min=0).long()
     place = found if inputs.class_ids is None or not plan.active else inputs.class_ids.index_select(0, found)
@@ -95,6 +99,13 @@ def hardest_slot(hardest: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:  # [slo
     return highest, torch.where(lowest == absent, row.amax(dim=0), lowest)
 
 
+def saved_from(saved: tuple[Tensor, ...]) -> Saved:
+    """Empty tensors stand for what was not made, for an operator gives tensors alone."""
+    xs, numbers, label, class_numbers, target_rows, rows, logits = saved[:COUNT]
+    made = [each if each.numel() else None for each in (class_numbers, rows, logits)]
+    return Saved(xs, numbers, label, made[0], target_rows, made[1], made[2])
+
+
 def backward(
     inputs: PassInputs,
     saved: tuple[Tensor, ...],
@@ -104,9 +115,7 @@ def backward(
     update: RowUpdate | None = None,
 ) -> InputGrads:
     plan = plan_for(inputs.x, inputs.weight, inputs.class_ids, spec)
-    kept = Saved(
-        *(each if each.numel() or i in (0, 1, 2, 4) else None for i, each in enumerate(saved[: len(Saved._fields)]))
-    )  # type: ignore[arg-type]
+    kept = saved_from(saved)
     made = torch.empty((rows_of.GRADS, plan.line), dtype=torch.float32, device=inputs.x.device)
     pass_grad = grads.hinge if inputs.threshold is not None else grads.rest
     if not plan.n:
@@ -120,7 +129,8 @@ def backward(
     if grads.hardest_product is not None:
         gradient = torch.zeros(plan.line, dtype=torch.float32, device=inputs.x.device)
         gradient[: plan.n] = grads.hardest_product
-        hardest = Exact(*saved[len(Saved._fields) : len(Saved._fields) + 3], gradient)
+        position, rows, product = saved[COUNT : COUNT + 3]
+        hardest = Exact(position, rows, product, gradient)
     return backward_pass(
         inputs, kept, made, (), Needs(*needs), spec, plan,
         update=update,
@@ -165,4 +175,4 @@ def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, 
         logits=made(retained, line_n) if retained else empty,
     )
     exact = (made(line, dtype=torch.int32), made(n, d), made(line)) if spec.want_hardest else ()
-    return output, (*saved, *exact)  # type: ignore[return-value]
+    return output, (*saved, *exact)

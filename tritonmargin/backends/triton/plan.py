@@ -120,8 +120,8 @@ def make_plan(
         block_d = min(128, max(16, next_power(d)))
         block_l = 64 if device.target != "interpreter" else 16
         finish = Tile(
-            (min(tiles.block_c, 16 * tiles.warps), block_d, block_l), parts(block_d), tiles.warps, tiles.stages, tiles.registers,
-            tiles.programs, tiles.descriptors,
+            (min(tiles.block_c, 16 * tiles.warps), block_d, block_l), parts(block_d), tiles.warps, tiles.stages,
+            tiles.registers, tiles.programs, tiles.descriptors,
         )  # fmt: skip
     else:
         finish = Tile((16, min(128, max(16, next_power(d))), 16), 1, 4, 1, 0, 0, False)

@@ -347,7 +347,7 @@ def extremes_kernel(
 def half_kernel(
     grads, extremes, xs, g_half, ys, power, n, line, stride, MEAN: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """float16: dL/drest = m 2^e. P carries 2^14 m, the other side of its product with x' carries 2^(e - top + headroom).
+    """float16: dL/drest = m 2^e. P carries 2^14 m, x' on the other side of its product carries 2^(e - top + headroom).
 
     So P lies in [-2^14, 2^14] and loses no bit, whatever the samples' gradients are. top is the e of the largest
     gradient; the headroom is what the largest x' leaves.
