@@ -19,7 +19,6 @@ from tritonmargin.backends.triton.plan import Plan, kept_copies, plan_for
 from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
-
 COUNT = len(Saved._fields)
 
 
