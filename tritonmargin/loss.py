@@ -60,7 +60,7 @@ def compute_loss(
         drawn = sampler is not None
         if sampler is not None:
             rows = inputs.weight.shape[0]
-            inputs = inputs._replace(class_ids=sampler.draw(samples.labels.own, rows))
+            inputs = inputs._replace(class_ids=sampler.draw(samples.labels.to_draw, rows))
         active = ActiveClasses(samples.labels, inputs.weight.shape[0], inputs.class_ids, drawn)
         call = Call(inputs, margin, options, ranks, samples, active, compute, updater)
         loss = fused_loss(call, backend)
