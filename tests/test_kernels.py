@@ -22,12 +22,12 @@ from cases import DEVICE, MACHINE, made
 from counted import counting
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from tritonmargin.kernels.torch_ops import Running, Shares
+from tritonmargin.stream import stream
 
 import tritonmargin as tm
 from tritonmargin import kernels, walk
 from tritonmargin.kernels import torch_ops
-from tritonmargin.kernels.torch_ops import Running, Shares
-from tritonmargin.stream import stream
 
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)

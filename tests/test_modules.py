@@ -54,9 +54,7 @@ def test_head_is_the_function():
 
 def test_a_heads_chunks_are_as_large_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        "tritonmargin.functional.stream", lambda *_, chunk_bytes, **__: seen.append(chunk_bytes) or 1 / 0
-    )
+    monkeypatch.setattr("tritonmargin.loss.class_pass", lambda _, spec, __: seen.append(spec.chunk_bytes) or 1 / 0)
     for size in (None, 1 << 20):
         with pytest.raises(ZeroDivisionError):
             tm.MarginSoftmaxLoss(8, 131, chunk_bytes=size)(*batch())

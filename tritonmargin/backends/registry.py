@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Modules that have a `BACKEND`. "reference" is not one of them: it has no class pass.
 MODULES = {"torch": "tritonmargin.backends.torch_backend", "triton": "tritonmargin.backends.triton"}
 BACKENDS = (*MODULES, "reference")
+LOADED: dict[str, Backend] = {}
 
 # A plain module variable: torch.compile guards on it, so a compiled step follows a later change.
 _chosen: str | None = os.environ.get("TRITONMARGIN_BACKEND")
@@ -113,13 +114,15 @@ def warn_once(reason: str) -> None:
 
 def load_backend(name: str) -> Backend:
     """The backend of this name; Triton is imported when it is first used."""
-    return load_module("torch" if name == "auto" and _failed else "triton" if name == "auto" else name)
+    name = "torch" if name == "auto" and _failed else "triton" if name == "auto" else name
+    load(name)
+    return LOADED[name]
 
 
-@functools.cache
-def load_module(name: str) -> Backend:
-    backend: Backend = importlib.import_module(MODULES[name]).BACKEND
-    return backend
+@torch.compiler.assume_constant_result  # a compiler runs it: it cannot trace an import
+def load(name: str) -> None:
+    if name not in LOADED:
+        LOADED[name] = importlib.import_module(MODULES[name]).BACKEND
 
 
 class KernelError(RuntimeError):

@@ -272,18 +272,23 @@ def forward_op(*args: Any) -> tuple[Tensor, ...]:
         # A graph is made for one backend: it cannot fall back, but the next call is compiled for another one.
         backend_after(error, spec.backend)
         raise
-    return (*out, *padded(apart(saved, (*inputs, *out)), inputs.x))
+    return apart((*out, *padded(saved, inputs.x)), inputs)
 
 
 def forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec = PassInputs(*args[:INPUTS]), decode(args[INPUTS:])
     out, saved = load_backend(spec.backend).fake(inputs, spec)
-    return (*out, *padded(apart(saved, out), inputs.x))
+    return apart((*out, *padded(saved, inputs.x)), inputs)
 
 
-def apart(saved: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor]:
-    """The saved tensors, copies of those that are other arguments or results: an operator's results are its own."""
-    return [each.clone() if any(each is other for other in others) else each for each in saved]
+def apart(results: Sequence[Tensor], inputs: PassInputs) -> tuple[Tensor, ...]:
+    """The results, copies of those that are inputs or other results: an operator's results are its own."""
+    taken = {id(each) for each in inputs}
+    found = []
+    for each in results:
+        found.append(each.clone() if id(each) in taken else each)
+        taken.add(id(each))
+    return tuple(found)
 
 
 def split_backward(args: Sequence[Any]) -> tuple[PassInputs, tuple[Tensor, ...], PassGrads, Any, PassSpec]:
