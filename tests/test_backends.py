@@ -23,8 +23,8 @@ from tritonmargin.backends import registry
 from tritonmargin.backends.registry import KernelError, load_backend
 from tritonmargin.kernels import tiles
 from tritonmargin.kernels.updates import RowUpdate
-from tritonmargin.loss import scaled_rows
 from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.rows import scaled_rows
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -355,6 +355,7 @@ def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
 # -- what the kernels are compiled with ----------------------------------------------------------------------------
 
 
+@pytest.mark.xfail(strict=True, raises=ModuleNotFoundError, reason="the class pass has no kernels at the moment")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("margin", [tm.ArcFace(), tm.Softmax()], ids=["unit", "softmax"])
 @cpu_only

@@ -23,6 +23,7 @@ SAVED = 6  # tensors that a backend may save for backward: torch.func.vmap takes
 INPUTS, OUTPUTS, GRADS = len(PassInputs._fields), len(PassOutput._fields), len(PassGrads._fields)
 SPEC = tuple(field.name for field in fields(PassSpec))
 PLAIN = (Tensor, torch.nn.Parameter)
+batched = torch._C._functorch.is_legacy_batchedtensor  # torch.autograd.grad(is_grads_batched=True)
 
 
 class Updater(Protocol):
@@ -57,7 +58,7 @@ def seen_as_ops(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(each is not None and type(each) not in PLAIN for each in tensors)
+        or any(each is not None and (type(each) not in PLAIN or batched(each)) for each in tensors)
     )
 
 
@@ -139,10 +140,15 @@ def constants(inputs: PassInputs, out: PassOutput, saved: Sequence[Tensor]) -> l
 
 def input_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, bool]) -> list[Tensor | None]:
     """Gradients of all of PassInputs."""
-    inputs, saved = PassInputs(*ctx.saved_tensors[:INPUTS]), ctx.saved_tensors[INPUTS:]
+    inputs, saved = unpacked(ctx)
     spec: PassSpec = ctx.spec
     found = backward_pass(inputs, saved, asked_for(inputs, spec, grads), needs, spec)
     return by_position(found, inputs, spec)
+
+
+def unpacked(ctx: Any) -> tuple[PassInputs, tuple[Tensor, ...]]:
+    tensors = ctx.saved_tensors  # once: activation checkpointing may make them anew each time
+    return PassInputs(*tensors[:INPUTS]), tensors[INPUTS:]
 
 
 def by_position(found: InputGrads, inputs: PassInputs, spec: PassSpec) -> list[Tensor | None]:
@@ -196,7 +202,7 @@ def updating(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, 
         )
     update = ctx.updater.begin_in_backward(ctx.weight) if needs[1] and is_trained(ctx.weight) else None
     ctx.done = update is not None
-    inputs, saved = PassInputs(*ctx.saved_tensors[:INPUTS]), ctx.saved_tensors[INPUTS:]
+    inputs, saved = unpacked(ctx)
     needs = needs[0], update is not None, needs[2]
     found = backward_pass(inputs, saved, asked_for(inputs, ctx.spec, grads), needs, ctx.spec, update)
     if update is not None:
