@@ -51,7 +51,7 @@ def compute_loss(
     try:
         labels, compute, backend = validated(inputs, margin, options, ranks, updater)
     except (TypeError, ValueError):
-        ranks.announce_error(inputs.weight.device, SETTINGS)
+        ranks.announce_error(inputs.weight, SETTINGS)
         raise
     if backend == "reference":
         return by_reference(inputs, margin, options, labels, sampler)

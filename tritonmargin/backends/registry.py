@@ -31,7 +31,7 @@ _failed = False  # a kernel did, in a call that left the choice to the library
 def use_backend(name: str) -> Iterator[None]:
     """Compute with backend `name` inside the block, in every thread; TRITONMARGIN_BACKEND does so for a process.
 
-    "triton": the kernels, for CUDA and ROCm tensors. "torch": the stream in plain PyTorch, any device. "reference":
+    "triton": the kernels, for CUDA and ROCm tensors. "torch": the class pass in plain PyTorch, any device. "reference":
     full logits, to compare with. Without a choice the loss uses "triton" where it can and "torch" elsewhere.
 
     Raises:
