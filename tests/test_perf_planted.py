@@ -13,16 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # Python imports a module of this name in every process that it starts.
 PLANT = """
 import time
-from tritonmargin.walk import Walk
+from tritonmargin.class_pass.chunks import Chunks
 
-chunks = Walk.chunks
+ranges = Chunks.ranges
 
-def slower(walk):
+def slower(chunks):
     begun = time.perf_counter()
-    yield from chunks(walk)
+    yield from ranges(chunks)
     time.sleep(0.15 * (time.perf_counter() - begun))
 
-Walk.chunks = slower
+Chunks.ranges = slower
 """
 SIZES = ["--classes", "1e5", "--providers", "ours,ours-retain,plain", "--modes", "forward+backward"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from perf.kernels.gpus import Gpu
-from tritonmargin.kernels import draw, products, tiles, torch_ops, triton_ops, updates  # noqa: F401  draw is imported before step_ops interprets
+from tritonmargin.backends import precision as products
+from tritonmargin.kernels import draw, tiles, triton_ops, updates  # noqa: F401  draw is imported before step_ops interprets
 
 Launches = dict[str, Callable[..., object]]
 Tiles = tiles.Tiles
@@ -100,10 +101,10 @@ def step(dtype: str, n: int, d: int, k: int) -> Launches:
     """The kernels of a step over one chunk, in their order; the three of finish_rows are alternatives."""
     kind, target = operand(dtype), torch.arange(n) % k
     x, rows, w = (torch.zeros(size, d, dtype=of) for size, of in ((n, kind), (k, kind), (k, DTYPES[dtype])))
-    tile, run = triton_ops.new_tile(x, k, kind), torch_ops.Running(total=torch.zeros(triton_ops.slots(x, k), n))
+    tile, run = triton_ops.new_tile(x, k, kind), triton_ops.Running(total=torch.zeros(triton_ops.slots(x, k), n))
     prepared, shares = (
-        torch_ops.Rows(rows, None, torch.zeros(k), w, None),
-        [torch_ops.Shares(target, torch.zeros(n, d))],
+        triton_ops.Rows(rows, None, torch.zeros(k), w, None),
+        [triton_ops.Shares(target, torch.zeros(n, d))],
     )
     finish = partial(triton_ops.finish_rows, rows, rows, prepared, 0, shares, None, None, torch.ones(()))
     reduce, weigh = TILED
@@ -143,7 +144,7 @@ def epilogues(x: Tensor, rows: Tensor) -> Launches:
     def forward(name: str) -> Callable[[], object]:
         bounded, online, hinge = "sum of exp" in name, "online" in name, "hinge" in name
         statistics = "statistics" in name or "hardest" in name
-        run = torch_ops.Running(
+        run = triton_ops.Running(
             slots(bounded or online), slots(online), slots(statistics), slots(statistics, torch.int64),
             number if hinge else None, slots(hinge), slots(hinge),
         )  # fmt: skip
@@ -162,11 +163,11 @@ def epilogues(x: Tensor, rows: Tensor) -> Launches:
 def row_kernels(dtype: str) -> Launches:
     """The row-wise kernels with all that they may be asked for, and with weights in float32 as under autocast."""
     kind, ids = operand(dtype), torch.arange(0, K, 2)
-    shares = [torch_ops.Shares(torch.zeros(N, dtype=torch.int64), torch.empty(N, D)) for _ in range(3)]
+    shares = [triton_ops.Shares(torch.zeros(N, dtype=torch.int64), torch.empty(N, D)) for _ in range(3)]
     mean, found = (torch.empty(len(ids)), torch.empty(D)), Launches()
     for name, weight in {"": torch.empty(K, D, dtype=DTYPES[dtype]), ", W in float32": torch.empty(K, D)}.items():
         rows, wide = torch.empty(len(ids), D, dtype=kind), torch.empty(len(ids), D)
-        prepared = torch_ops.Rows(rows, None, torch.empty(len(ids)), weight, ids)
+        prepared = triton_ops.Rows(rows, None, torch.empty(len(ids)), weight, ids)
         finish = partial(triton_ops.finish_rows, rows, rows, prepared, 0, shares[:2], shares[2], mean, torch.ones(()))
         found |= {
             f"rows: prepare, ids{name}": partial(triton_ops.prepare_rows, weight, ids, 0, len(ids), True, rows, wide),

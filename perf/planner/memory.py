@@ -14,8 +14,8 @@ import pandas as pd
 
 from perf.kernels.gpus import GPUS, H200
 from perf.suite.machine import memory_bytes
+from tritonmargin.class_pass.chunks import chunk_classes
 from tritonmargin.optim import CHUNK_BYTES
-from tritonmargin.walk import chunk_classes
 
 GRADIENTS = {"dense": "dense gradient", "sparse": "sparse gradient", "backward": "update in backward"}
 ITEMS = {2: "bfloat16", 4: "float32"}  # bytes per number
