@@ -43,20 +43,18 @@ def test_any_two_values_meet() -> None:
     for a, b in itertools.combinations(names, 2):
         for u, v in itertools.product(AXES[a], AXES[b]):
             assert (a, u, b, v) in met or not valid(**{a: u, b: v}), (a, u, b, v)
-    assert len(CASES) < 40
+    assert len(CASES) < 30
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[:: 4 if MACHINE == "interpreter" else 1], ids=str)
 def test_numbers_and_gradients(case: Case) -> None:
     check_pass(case, numbers_module)
 
 
-@numbers_of_all_kinds
+@pytest.mark.parametrize("numbers", [name for name in NUMBERS if name != "float32"])
 def test_several_tiles_in_every_direction(numbers: str) -> None:
-    """The one that every GPU's tiles are executed with."""
-    check_pass(
-        Case(numbers, size=(130, 140, 270), added="bias", chunks="chunk_bytes", asks="rest and hardest"), numbers_module
-    )
+    """The one that every GPU's tiles are executed with; float32 has none of its own."""
+    check_pass(Case(numbers, size=(130, 140, 140), added="bias and offset", chunks="chunk_bytes"), numbers_module)
 
 
 @pytest.mark.parametrize("numbers", [name for name in NUMBERS if name in ("bfloat16", "float32")])
@@ -66,7 +64,7 @@ def test_a_wide_row(numbers: str) -> None:
 
 @numbers_of_all_kinds
 def test_two_runs_are_equal_bit_by_bit(numbers: str) -> None:
-    case = Case(numbers, size=(65, 130, 270), added="bias", mean="mean, a weight a class", asks="rest and hardest",
+    case = Case(numbers, added="bias", mean="mean, a weight a class", asks="rest and hardest",
                 labels="one class", chunks="chunk_bytes")  # fmt: skip
     inputs, _, _, spec = given(case)
     results = []
@@ -111,8 +109,7 @@ def test_no_other_class(bounded: bool) -> None:
     near(back.weight, right.leaves["weight"].grad, 1e-5, "gradient of weight")
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("n", [0, 5])
+@pytest.mark.parametrize(("n", "numbers"), [(0, "float32"), *((5, numbers) for numbers in NUMBERS)])
 def test_no_class_in_the_pass(n: int, numbers: str) -> None:
     dtype, precision, _ = NUMBERS[numbers]
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)

@@ -77,11 +77,12 @@ def hardest_of(
     factor = torch.full_like(highest, spec.scale)
     if spec.unit_embeddings:
         factor = factor * saved.numbers[rows_of.INVERSE_X.value, : plan.n]
-    x = torch.where(saved.label[: plan.n, None] != rows_of.IGNORED.value, inputs.x.float(), 0.0)
+    valid = saved.label[: plan.n] != rows_of.IGNORED.value
+    x = torch.where(valid[:, None], inputs.x.float(), 0.0)
     product = (x * rows).sum(dim=1) * factor
     exact = torch.where((row < 0) | highest.isnan(), highest, product)
     position = torch.full((plan.line,), -2, dtype=torch.int32, device=row.device)
-    position[: plan.n] = row
+    position[: plan.n] = torch.where(valid, row, -2)  # backward must not read an ignored embedding: it may be nan
     products = torch.zeros(plan.line, dtype=torch.float32, device=row.device)
     products[: plan.n] = product
     return exact, row.long(), (position, rows, products)
