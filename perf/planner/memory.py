@@ -93,12 +93,11 @@ def memory(head: Head, chunk: int) -> Memory:
 
     # The end of the class pass in forward, when the targets' rows are gathered and the chunk's buffers are still there.
     buffers = (rows + tile) * head.compute_item + 3 * 4 * chunk + 4 * rows * torch_low
-    copy = rows * head.weight_item if sampled and not head.fused else 0  # of a sample's rows, inside a chunk
-    copies = 2 * copy if head.active > chunk else copy  # while one chunk follows another
+    copy = rows * head.weight_item if sampled and not head.fused else 0  # of a sample's rows, until they are unit rows
     # x and its copy in float32, all ranks' rows and those of their targets, some 30 vectors, the sample's numbers
     lasting = 2 * (own + everyone) + 30 * 4 * head.samples + 8 * head.active * sampled
     scaled = everyone * head.compute_item // 4  # x log2(e); and the product of the targets' rows and x
-    forward = ("forward", 0, buffers + 4 * tile * torch_low + copies, lasting + scaled + everyone)
+    forward = ("forward", 0, buffers + 4 * tile * torch_low + copy, lasting + scaled + everyone)
 
     # The class pass of backward, with the gradient.
     direct = head.compute_item == head.weight_item == 4 and not in_backward and (sparse or not sampled)
@@ -107,7 +106,7 @@ def memory(head: Head, chunk: int) -> Memory:
     targets = 0 if head.fused else own * chunk // max(head.active, 1)  # gradients of the targets in a chunk
     # x times its factor; dX and the targets' gradient, on a GPU that once more in the order of its rows
     batch = lasting + 2 * scaled + (3 if head.fused else 2) * everyone
-    backward = ("backward", gradient, buffers + product + max(copies, copy + finishing), batch + targets)
+    backward = ("backward", gradient, buffers + product + max(copy, finishing), batch + targets)
 
     # The optimiser's step: some rows of the gradient at a time in float32, which are there until the next ones are.
     some = min(graded, max(1, CHUNK_BYTES // (4 * head.dim)))
