@@ -20,9 +20,9 @@ demo-sharded: $(VENV)/demo.done
 
 # The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
-KERNELS := tests/test_kernels.py tests/test_draw.py tests/test_formulas.py
-# What differs between GPUs: the tile kernel, at the size that has several tiles in every direction, in bfloat16.
-FEWER := "several and bfloat16 or not (reduce_chunk or weigh_chunk or finish_rows or prepare_rows or liger)"
+KERNELS := tests/kernels tests/test_draw.py tests/test_formulas.py
+# What differs between GPUs: tiles, how they are loaded, and the memory on the chip that they need.
+FEWER := "several_tiles or grids_and_loads or shared_memory"
 
 # The inner loop, under 2 minutes on 2 cores: what breaks first when something does. Values and gradients of every loss on
 # both backends at one size, two ranks, a checkpoint that other ranks read.

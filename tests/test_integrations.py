@@ -2,7 +2,7 @@
 
 torch.func, hooks on what autograd saves, activation checkpointing, copies and averages of a head. What does not work is
 here as what happens then. torch.compile and torch.export: test_compiled.py. Data parallelism: test_data_parallel.py.
-CUDA graphs: test_kernels.py.
+CUDA graphs: kernels/test_whole_steps.py.
 """
 
 from __future__ import annotations

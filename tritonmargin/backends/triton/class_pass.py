@@ -90,14 +90,14 @@ def forward_pass(
     if plan.library and plan.retained < plan.active:
         room = make((plan.forward_chunk, plan.line_n), dtype=torch.float32)
     tile = plan.reduce
-    use = tile.descriptors
+    use = tile.descriptors and n > 0  # nothing can be described to the memory accelerator that has no line
     a = described(xs, (tile.shape[0], tile.shape[2]), use)
     run = tuple(slots)
     asked = any(each is not None for each in run)
     for start in range(0, plan.active, plan.forward_chunk):
         stop = min(start + plan.forward_chunk, plan.active)
         rows = chunk_rows(inputs, spec, plan, copies, class_numbers, start, stop)
-        if not asked:
+        if not asked or not n:
             continue
         b, made, stride_z = rows, a, 0
         if plan.library:

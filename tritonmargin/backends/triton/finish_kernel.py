@@ -30,7 +30,8 @@ def finish_kernel(
 
     sums: those of `weigh_kernel`, where gradients of a bias go, and how many blocks of samples there are. exact: x
     and, with a hardest class per sample, its positions, products and gradients. upstream: factors of the whole
-    gradient. half: extremes of `half_kernel`. out: the gradient, or with a RULE the weight.
+    gradient. half: extremes of `half_kernel`. out: the gradient, or with a RULE the weight; None for a
+    bias alone.
     KIND: (D, rows are unit, embeddings are unit, P x' is: 0 made here, 1 given in dlogits, 2 nothing; P lacks 1/|w|;
     out's rows are class numbers; |w_y| has a gradient; stochastic rounding; tile_product's HOW).
     """
@@ -71,7 +72,7 @@ def finish_kernel(
             bias_rows(by_class, grad_bias, label, grads, upstream, half, row, source, known, k, start, first_c, blocks,
                       line, BLOCK_C)  # fmt: skip
         parts = parts_of(z, BLOCK_C, BLOCK_D, SPLIT)
-        for part in tl.static_range(SPLIT):
+        for part in tl.static_range(0 if out is None else SPLIT):
             a = parts[part]
             column = first_d + part * PART + tl.arange(0, PART)
             mask = known[:, None] & (column < D)[None, :]

@@ -77,12 +77,12 @@ def hardest_of(
     factor = torch.full_like(highest, spec.scale)
     if spec.unit_embeddings:
         factor = factor * saved.numbers[rows_of.INVERSE_X.value, : plan.n]
-    counts = saved.label[: plan.n] != rows_of.IGNORED.value
-    x = torch.where(counts[:, None], inputs.x.float(), 0.0)
+    valid = saved.label[: plan.n] != rows_of.IGNORED.value
+    x = torch.where(valid[:, None], inputs.x.float(), 0.0)
     product = (x * rows).sum(dim=1) * factor
     exact = torch.where((row < 0) | highest.isnan(), highest, product)
     position = torch.full((plan.line,), -2, dtype=torch.int32, device=row.device)
-    position[: plan.n] = torch.where(counts, row, -2)  # an ignored embedding may hold nan, which nobody may read
+    position[: plan.n] = torch.where(valid, row, -2)  # backward must not read an ignored embedding: it may be nan
     products = torch.zeros(plan.line, dtype=torch.float32, device=row.device)
     products[: plan.n] = product
     return exact, row.long(), (position, rows, products)

@@ -418,8 +418,8 @@ def back_kernel(
         of = tl.load(gradient + i * stride)
         g += of * tl.load(rows + i * D + d, mask=mask, other=0.0)
     inverse = tl.load(numbers + INVERSE_X * line + i)
-    # nan in an ignored embedding must not be read.
-    v = tl.load(x + i * strides_x[0] + d * strides_x[1], mask=mask & (inverse > 0.0), other=0.0).to(tl.float32)
+    read = tl.where(inverse > 0.0, D, 0)  # nan in an ignored embedding must not be
+    v = tl.load(x + i * strides_x[0] + d * strides_x[1], mask=d < read, other=0.0).to(tl.float32)
     v *= inverse
     if UNIT[0]:
         g = (g - v * tl.sum(v * g, axis=0)) * inverse
