@@ -17,17 +17,15 @@ from perf.providers.base import STEP, WHOLE
 
 pd = pytest.importorskip("pandas")
 
-REPORTS = ROOT / "reports"
+REPORTS, BACKWARD = ROOT / "reports", "update in backward"
 HUGE = Head(100_000_000, 512, 512, ranks=64, compute_item=2)
 
 
-@pytest.mark.parametrize(
-    "head",
-    [Head(20_000, 64, 256), Head(20_000, 64, 256, gradient="sparse"),
-     Head(30_000, 64, 32, rate=0.1, gradient="sparse", optimizer="adamw"),
-     Head(20_000, 128, 32, rate=0.5, gradient="backward", optimizer="adamw")],
-    ids=lambda head: f"{head.title}, {head.setting}",
-)  # fmt: skip
+@pytest.mark.parametrize("head", [
+    Head(20_000, 64, 256), Head(20_000, 64, 256, gradient="sparse"),
+    Head(30_000, 64, 32, rate=0.1, gradient="sparse", optimizer="adamw"),
+    Head(20_000, 128, 32, rate=0.5, gradient="backward", optimizer="adamw"),
+], ids=lambda head: f"{head.title}, {head.setting}")  # fmt: skip
 def test_the_formula_is_within_one_percent_of_a_measured_peak(head: Head) -> None:
     assert memory_on(head, None).peak == pytest.approx(check.step_peak(head, None), rel=check.WITHIN)
 
@@ -53,13 +51,10 @@ def test_the_grid_has_every_setting_and_its_committed_check_holds() -> None:
     assert check.worst(frame) == pytest.approx(0.02)
 
 
-def test_the_draw_of_a_sample_is_counted_by_the_sample() -> None:
-    head = Head(100_000_000, 64, 128, ranks=2, rate=0.1, compute_item=2, gradient="backward", fused=True)
-    assert memory(head, 64)[2:5] == ("draw", 0, 48 * 5_000_000)
-    assert memory(head._replace(rate=1.0), 64).phase != "draw"
-
-
-def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings() -> None:
+def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings_and_a_draw_counts_by_its_sample() -> None:
+    drawn = Head(100_000_000, 64, 128, ranks=2, rate=0.1, compute_item=2, gradient="backward", fused=True)
+    assert memory(drawn, 64)[2:5] == ("draw", 0, 48 * 5_000_000)
+    assert memory(drawn._replace(rate=1.0), 64).phase != "draw"
     head = Head(10_000_000, 512, 128, ranks=8, compute_item=2, fused=True)
     dense, _, backward, state, weight = [memory(each, 1024) for each in planner.ladder(head)[:5]]
     assert dense.weight == dense.state == dense.gradient == 10_000_000 * 512 * 4 // 8
@@ -68,16 +63,11 @@ def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings() -> None:
     assert memory(head._replace(ranks=16, batch=64), 1024).weight == dense.weight // 2
 
 
-@pytest.mark.parametrize(
-    ("capacity", "setting"),
-    [
-        (None, "dense gradient, float32 state, float32 weights;"),
-        (7.7e9, "update in backward, float32 state, float32 weights;"),
-        (6.1e9, "update in backward, bfloat16 state, float32 weights;"),
-        (4.5e9, "update in backward, bfloat16 state, bfloat16 weights;"),
-        (3.9e9, "update in backward, bfloat16 state, bfloat16 weights, sample rate 0.01;"),
-    ],
-)
+@pytest.mark.parametrize(("capacity", "setting"), [
+    (None, "dense gradient, float32 state, float32 weights;"), (7.7e9, f"{BACKWARD}, float32 state, float32 weights;"),
+    (6.1e9, f"{BACKWARD}, bfloat16 state, float32 weights;"), (4.5e9, f"{BACKWARD}, bfloat16 state, bfloat16 weights;"),
+    (3.9e9, f"{BACKWARD}, bfloat16 state, bfloat16 weights, sample rate 0.01;"),
+])  # fmt: skip
 def test_less_memory_takes_other_settings(capacity: float | None, setting: str) -> None:
     made = plan(HUGE, "h100", capacity)
     assert made.fitting
@@ -143,7 +133,5 @@ def test_an_operation_counts_once_and_a_view_is_none() -> None:
         outermost = [event for event in step_ops.recorded(step) if event.cpu_parent is None]
         found = list(step_ops.operations(outermost))
         assert (found.count(True), found.count(False)) == (works, views)
-
-
-def test_the_time_of_dispatching_is_taken_without_ttsem() -> None:
+    # The time of dispatching is taken without ttsem.
     assert step_ops.host_time(step_ops.CASES["arcface, a tenth sampled, RowSGD in backward"]) > 0

@@ -8,20 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from perf_cases import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Python imports a module of this name in every process that it starts.
 PLANT = """
 import time
 from tritonmargin.walk import Walk
-
 chunks = Walk.chunks
-
 def slower(walk):
     begun = time.perf_counter()
     yield from chunks(walk)
     time.sleep(0.15 * (time.perf_counter() - begun))
-
 Walk.chunks = slower
 """
 SIZES = ["--classes", "1e5", "--providers", "ours,ours-retain,plain", "--modes", "forward+backward"]

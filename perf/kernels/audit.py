@@ -85,9 +85,9 @@ def lines(part: tuple[str, str, int]) -> list[dict[str, Any]]:
 
 def line(case: str, compiled: Compiled) -> dict[str, Any]:
     of, code = compiled.options, compiled.instructions
-    block = ("BLOCK_N", "BLOCK_C", "BLOCK_D") if compiled.kernel == "tile_kernel" else ("BLOCK_K", "BLOCK_D")
+    block = [of[name] for name in ("BLOCK", "BLOCK_K", "BLOCK_N", "BLOCK_C", "BLOCK_D") if name in of]
     return {
-        "case": case, "kernel": compiled.kernel, "block": "x".join(str(of[name]) for name in block),
+        "case": case, "kernel": compiled.kernel, "block": "x".join(map(str, block)),
         "warps": compiled.warps, "stages": of["num_stages"], "registers": compiled.registers,
         "spills": compiled.spills, "shared_memory": compiled.shared, "blocks": compiled.blocks,
         "specialised": compiled.specialised, "instructions": sum(code.values()),
@@ -146,9 +146,10 @@ and no time was measured or predicted.** What an H200 measured is in [gpu-h200](
 
 ## bfloat16, D={cases.D}, N={cases.N:,}
 
-The kernels of a step, other epilogues of the tile kernel, and the row-wise kernels with all that may be asked for.
-`block`: samples x classes x part of D, or rows x D. `spills`: bytes of local memory, or registers on AMD. `blocks`: how
-many a processor holds. `specialised`: some warps multiply for the others. `instructions`: of one program, in its code.
+The kernels of a step, other epilogues of the tile kernel, the row-wise kernels with all that may be asked for, and
+those that draw a sample. `block`: samples x classes x part of D, or rows x D, or what a program of a draw looks at.
+`spills`: bytes of local memory, or registers on AMD. `blocks`: how many a processor holds. `specialised`: some warps
+multiply for the others. `instructions`: of one program, in its code.
 
 {shown.to_markdown(index=False)}
 

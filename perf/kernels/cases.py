@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perf.kernels.gpus import Gpu
-from tritonmargin.kernels import draw, products, tiles, torch_ops, triton_ops, updates  # noqa: F401  draw is imported before step_ops interprets
+from tritonmargin.kernels import draw, products, tiles, torch_ops, triton_ops, updates
 
 Launches = dict[str, Callable[..., object]]
 Tiles = tiles.Tiles
@@ -176,11 +177,27 @@ def row_kernels(dtype: str) -> Launches:
     return found
 
 
+def draws() -> Launches:
+    """The three kernels that draw a tenth of the classes, launched as the library does: ids and state are int64."""
+    found, before = Launches(), draw.call
+
+    def keep(kernel: Any, *args: Any, **options: Any) -> None:
+        found[f"draw: {kernel.fn.__name__}"] = partial(before, kernel, *args, **options)
+
+    draw.call = keep
+    try:
+        draw.draw_by_triton(torch.arange(N), torch.tensor([1, 0]), 0, C, C // 10)
+    finally:
+        draw.call = before
+    return found
+
+
 def beyond_a_step(dtype: str) -> Launches:
-    """Every epilogue, two of them with the other two heights of a tile, and the row-wise kernels."""
+    """Every epilogue, two of them with the other two heights of a tile, the row-wise kernels, and once the draw's."""
     x, rows = (torch.empty(size, D, dtype=operand(dtype)) for size in (N, K))
     found = epilogues(x, rows)
     for n in (16, 64):  # up to which tiles are lower
         lower = epilogues(x[:n], rows)
         found |= {f"{name}, {n} samples": lower[name] for name in BOTH}
-    return found | row_kernels(dtype)
+    found |= row_kernels(dtype)
+    return found | draws() if dtype == "bfloat16" else found  # a draw has no dtype
