@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tritonmargin as tm
+from tritonmargin.class_pass.op import class_pass
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 
 # The machine of this run (see conftest.py), and the backends that work there.
 MACHINE = os.environ.get("TRITONMARGIN_TESTS", "cpu")
@@ -152,6 +154,22 @@ def oracle(given: Problem, margin: tm.Margin, **options: Any) -> dict[str, Tenso
     """`run` of the reference in float64 on the same, possibly rounded, numbers."""
     options = {key: in_float64(value) for key, value in options.items()}
     return run(tm.reference.margin_cross_entropy, given.to(torch.float64), margin, **options)
+
+
+SPEC = {
+    "unit_weight": True, "bounded": True, "want_rest": True, "want_hardest": False, "sparse": False, "chunk_bytes": 1,
+    "retain_bytes": 0, "backend": "torch",
+}  # fmt: skip
+
+
+def asked(x: Tensor, w: Tensor, position: Tensor, dtype: torch.dtype, **changed: Any) -> tuple[PassInputs, PassSpec]:
+    """A class pass for a plain logsumexp over unit rows, one chunk as small as it can be, unless changed."""
+    tensors = {name: changed.pop(name) for name in PassInputs._fields if name in changed}
+    return PassInputs(x, w, position, **tensors), PassSpec(**SPEC | {"dtype": dtype} | changed)
+
+
+def passed(x: Tensor, w: Tensor, position: Tensor, dtype: torch.dtype, **changed: Any) -> PassOutput:
+    return class_pass(*asked(x, w, position, dtype, **changed))
 
 
 def in_float64(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`make mutants`: cosmic-ray's mutations of margins, objectives and stream against the fast tests.
+"""`make mutants`: cosmic-ray's mutations of margins, objectives and the class pass against the fast tests.
 
 A mutant that no test notices is a survivor. A survivor that changes no value is listed with its reason in
 `equivalent_mutants.toml`; any other one fails the run. Each worker mutates its own copy of the package and forks from a
@@ -6,7 +6,7 @@ process that has torch loaded, so a mutant costs its tests and no start-up. A mu
 before and the line after; without --fresh, one that was noticed, or that survived and has a reason, is not run again
 while its function has that line.
 
-    python tests/mutants.py [--only stream] [--workers 2] [--more] [--fresh] [--list]
+    python tests/mutants.py [--only class_pass] [--workers 2] [--more] [--fresh] [--list]
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ TESTS = {
     "margins/plain.py": [*MARGIN_TESTS, "test_functional.py"],
     "margins/schedules.py": MARGIN_TESTS,
     "objectives.py": CORE_TESTS,
-    "stream.py": [*CORE_TESTS, "test_optim.py"],
+    "class_pass/backward.py": [*CORE_TESTS, "test_optim.py"],
+    "class_pass/exp_range.py": CORE_TESTS,
+    "class_pass/forward.py": CORE_TESTS,
+    "class_pass/op.py": [*CORE_TESTS, "test_optim.py"],
 }
 MORE = {
-    "walk.py": CORE_TESTS,
-    "kernels/torch_ops.py": CORE_TESTS,
-    "functional.py": CORE_TESTS,
+    "class_pass/chunks.py": CORE_TESTS,
+    "backends/torch_ops.py": CORE_TESTS,
+    "labels.py": CORE_TESTS,
+    "loss.py": CORE_TESTS,
 }
 # Starting compilers and interpreters takes seconds and says nothing about values that the eager tests do not.
 SKIPPED = "not compile and not environment and not opcheck and not past_2_to"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,15 +10,22 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cases import cpu_only, made
+from torch import Tensor
 
 import tritonmargin as tm
-from tritonmargin import kernels
-from tritonmargin.kernels import tiles, torch_ops
+from tritonmargin.backends import registry
+from tritonmargin.backends.registry import KernelError, load_backend
+from tritonmargin.kernels import tiles
+from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.rows import scaled_rows
+from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -27,12 +35,12 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice made, no failure seen, no warning given."""
-    monkeypatch.setattr(kernels, "_chosen", None)
-    monkeypatch.setattr(kernels, "_failed", False)
-    for cached in (kernels.looked_for, kernels.warn_once, kernels.load_module):
+    monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.setattr(registry, "_failed", False)
+    for cached in (registry.looked_for, registry.warn_once):
         cached.cache_clear()
     yield
-    for cached in (kernels.looked_for, kernels.warn_once, kernels.load_module):
+    for cached in (registry.looked_for, registry.warn_once):
         cached.cache_clear()
 
 
@@ -43,12 +51,12 @@ def loss(**options: object) -> torch.Tensor:
 
 @cpu_only
 def test_the_choice_on_a_cpu(fresh: None) -> None:
-    assert kernels.current_backend(CPU, torch.float32) == "torch"
+    assert registry.current_backend(CPU, torch.float32) == "torch"
     with tm.use_backend("triton"):
         with pytest.raises(ValueError, match="needs tensors on a CUDA or ROCm device, got 'cpu'"):
             loss()
         with pytest.raises(ValueError, match="does not compute in float64"):
-            kernels.current_backend(CUDA, torch.float64)
+            registry.current_backend(CUDA, torch.float64)
 
 
 @cpu_only
@@ -56,12 +64,12 @@ def test_the_choice_on_a_gpu(fresh: None, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.current_backend(CUDA, torch.bfloat16) == "auto"
-        assert kernels.current_backend(CUDA, torch.float64) == "torch"
+        assert registry.current_backend(CUDA, torch.bfloat16) == "auto"
+        assert registry.current_backend(CUDA, torch.float64) == "torch"
     with tm.use_backend("triton"):
-        assert kernels.current_backend(CUDA, torch.float32) == "triton"
+        assert registry.current_backend(CUDA, torch.float32) == "triton"
     with tm.use_backend("torch"):
-        assert kernels.current_backend(CUDA, torch.float32) == "torch"
+        assert registry.current_backend(CUDA, torch.float32) == "torch"
 
 
 @cpu_only
@@ -79,57 +87,157 @@ def test_what_is_missing_is_said_once_and_an_explicit_choice_raises(
         monkeypatch.setitem(sys.modules, "triton", None)
     text = {"old GPU": "compute capability", "old Triton": "3.6 is the oldest", "no Triton": "not installed"}[reason]
     with pytest.warns(UserWarning, match=text):
-        assert kernels.current_backend(CUDA, torch.float32) == "torch"
+        assert registry.current_backend(CUDA, torch.float32) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.current_backend(CUDA, torch.float32) == "torch"  # said once
+        assert registry.current_backend(CUDA, torch.float32) == "torch"  # said once
     with tm.use_backend("triton"), pytest.raises(ValueError, match=text):
-        kernels.current_backend(CUDA, torch.float32)
+        registry.current_backend(CUDA, torch.float32)
 
 
-class Failing:
-    """The torch backend with one function that fails as Triton does."""
+class Other:
+    """The torch backend as another one, of which one function may fail as Triton does; see `Normalising`."""
 
-    FUSED = torch_ops.FUSED
+    name, normalises = "triton", False
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.ran: list[str] = []
 
-    def __getattr__(self, name: str) -> object:
-        if name != self.name:
-            return getattr(torch_ops, name)
+    def forward(self, inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
+        self.fail_in("forward")
+        return load_backend("torch").forward(inputs, spec)
 
-        def fail(*args: object, **options: object) -> None:
-            raise kernels.KernelError("OutOfResources: out of resource: shared memory")
+    def backward(
+        self,
+        inputs: PassInputs,
+        saved: tuple[Tensor, ...],
+        grads: PassGrads,
+        needs: tuple[bool, bool, bool],
+        spec: PassSpec,
+        update: RowUpdate | None = None,
+    ) -> InputGrads:
+        self.fail_in("backward")
+        return load_backend("torch").backward(inputs, saved, grads, needs, spec, update)
 
-        return fail
+    def fail_in(self, function: str) -> None:
+        self.ran.append(function)
+        if self.failing == function:
+            raise KernelError("OutOfResources: out of resource: shared memory")
+
+    def fused(self, *_: object) -> None:
+        self.fail_in("fused")
+
+
+class Normalising(Other):
+    """Takes embeddings and class numbers as they are, and gives |x|: PyTorch inside, autograd in its backward."""
+
+    normalises = True
+
+    def forward(self, inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
+        prepared, plain, norm = self.prepared(inputs, spec)
+        out, saved = super().forward(prepared, plain)
+        return out._replace(embedding_norm=norm), saved
+
+    def backward(
+        self,
+        inputs: PassInputs,
+        saved: tuple[Tensor, ...],
+        grads: PassGrads,
+        needs: tuple[bool, bool, bool],
+        spec: PassSpec,
+        update: RowUpdate | None = None,
+    ) -> InputGrads:
+        x = inputs.x.detach().requires_grad_()
+        with torch.enable_grad():
+            prepared, plain, norm = self.prepared(inputs._replace(x=x), spec)
+        plainly = prepared._replace(x=prepared.x.detach())
+        found = super().backward(plainly, saved, grads, needs, plain, update)
+        if found.x is None:
+            return found
+        pairs = [(prepared.x, found.x), (norm, grads.embedding_norm)]
+        outputs, upstream = zip(*((out, g) for out, g in pairs if g is not None), strict=True)
+        return found._replace(x=torch.autograd.grad(outputs, x, upstream)[0])
+
+    def prepared(self, inputs: PassInputs, spec: PassSpec) -> tuple[PassInputs, PassSpec, Tensor]:
+        valid = inputs.target != spec.ignore_index
+        x = torch.where(valid[:, None], inputs.x, 0.0).to(torch.promote_types(inputs.x.dtype, torch.float32))
+        margin = tm.NormFace(s=spec.scale) if spec.unit_embeddings else tm.Softmax()
+        x, norm = scaled_rows(x, margin)
+        row = inputs.target - spec.first_class
+        row = torch.where(valid & (row >= 0) & (row < len(inputs.weight)), row, -1)
+        if inputs.class_ids is not None:
+            row = torch.where(row >= 0, torch.searchsorted(inputs.class_ids, row), -1)
+        plain = replace(spec, unit_embeddings=False, scale=1.0, ignore_index=-1, first_class=0)
+        return inputs._replace(x=x, target=row), plain, norm
+
+
+@pytest.fixture
+def chosen(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A backend of the test's own in Triton's place, and whether it is asked for by name."""
+
+    def choose(backend: Other, name: str = "auto") -> None:
+        monkeypatch.setitem(registry.LOADED, "triton", backend)
+        monkeypatch.setattr("tritonmargin.loss.current_backend", lambda device, dtype: name)
+
+    return choose
 
 
 @cpu_only
-@pytest.mark.parametrize("function", ["reduce_chunk", "finish_rows"])
-def test_a_kernel_that_fails(function: str, fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["fused", "forward", "backward"])
+@pytest.mark.parametrize("kind", [Other, Normalising])
+def test_a_kernel_that_fails(
+    function: str, kind: type[Other], chosen: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Left to the library: one warning, and the right result. Asked for by name: an error that says what to do."""
     expected = loss()
-    load = kernels.load_module
-    broken = lambda name: load("torch") if name == "torch" or kernels._failed else Failing(function)  # noqa: E731
-    monkeypatch.setattr("tritonmargin.walk.load_backend", broken)
-    monkeypatch.setattr("tritonmargin.stream.load_backend", broken)
-    monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "auto")
+    chosen(kind(function))
 
     def step() -> torch.Tensor:
         value = loss()
         value.backward()
         return value
 
-    with pytest.warns(UserWarning, match="one of them failed .*shared memory"):
+    lost = function == "backward" and kind is Normalising
+    with pytest.warns(UserWarning, match="one of them failed .*shared memory"):  # noqa: PT031
+        with pytest.raises(KernelError, match="next step does without") if lost else contextlib.nullcontext():
+            value = step()
         value = step()
     assert torch.equal(value, expected)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert kernels.current_backend(CUDA, torch.float32) == "torch"  # not tried again
-    monkeypatch.setattr(kernels, "_failed", False)
-    monkeypatch.setattr("tritonmargin.functional.current_backend", lambda device, dtype: "triton")
-    with pytest.raises(kernels.KernelError, match=r"use_backend\('torch'\)"):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        assert registry.current_backend(CUDA, torch.float32) == "torch"  # not tried again
+    monkeypatch.setattr(registry, "_failed", False)
+    chosen(kind(function), "triton")
+    with pytest.raises(KernelError, match=r"use_backend\('torch'\)"):
         step()
+
+
+@cpu_only
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("margin", [tm.ArcFace(s=16.0), tm.LSoftmax(m=3), tm.Softmax()], ids=["unit", "norms", "raw"])
+def test_a_backend_that_normalises_is_given_what_it_takes(
+    objective: str, margin: tm.Margin, chosen: Callable[..., None]
+) -> None:
+    """Ignored samples, a sample of the classes, statistics; the gradient of |x| goes through the backend."""
+    x, w, y = made(6, 5).float(), made(90, 5, seed=1).float(), torch.tensor([3, -100, 60, 3, 8, 89])
+    x[1] = torch.inf
+    ids = torch.cat([y[y >= 0], torch.arange(0, 90, 4)]).unique()
+    results, backend = [], Normalising()
+    for turn in range(2):
+        if turn:
+            chosen(backend, "triton")
+        for class_ids in (None, ids):
+            leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+            value, stats = tm.margin_cross_entropy(
+                *leaves, y, margin, class_ids=class_ids, objective=objective, reduction="sum", return_stats=True,
+                label_smoothing=0.1 * (objective == "softmax"), chunk_bytes=1,
+            )  # fmt: skip
+            results.append([value, *stats, *torch.autograd.grad(value, leaves)])
+    assert backend.ran == ["forward", "backward"] * 2
+    for ours, expected in ((results[2], results[0]), (results[3], results[1])):
+        for each, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(each, other, equal_nan=True)
 
 
 @cpu_only
@@ -137,7 +245,7 @@ def test_other_errors_are_not_taken_for_a_kernels(fresh: None, monkeypatch: pyte
     def fail(*args: object) -> None:
         raise MemoryError("no")
 
-    monkeypatch.setattr(torch_ops, "reduce_chunk", fail)
+    monkeypatch.setattr("tritonmargin.class_pass.forward.reduce_logits", fail)
     with pytest.raises(MemoryError):
         loss()
 
@@ -238,7 +346,7 @@ def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with pytest.raises(kernels.KernelError):
+        with pytest.raises(KernelError):
             triton_ops.call(Kernel(), 1)
     assert len(said) == len(tried) - 1 == int(retried)
     assert len(set(tried)) == len(tried)
@@ -247,6 +355,7 @@ def test_only_a_cache_that_cannot_be_written_is_tried_elsewhere(
 # -- what the kernels are compiled with ----------------------------------------------------------------------------
 
 
+@pytest.mark.xfail(strict=True, raises=ModuleNotFoundError, reason="the class pass has no kernels at the moment")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("margin", [tm.ArcFace(), tm.Softmax()], ids=["unit", "softmax"])
 @cpu_only
@@ -255,7 +364,7 @@ def test_no_width_spills(target: str, margin: tm.Margin, monkeypatch: pytest.Mon
     pytest.importorskip("pandas", reason="perf compiles the kernels")
     from perf.kernels.compile import compiling_for
 
-    monkeypatch.setattr("tritonmargin.kernels.why_not_triton", lambda *_: None)  # nothing runs
+    monkeypatch.setattr("tritonmargin.backends.registry.why_not_triton", lambda *_: None)  # nothing runs
     x, weight = (torch.randn(size, 501, dtype=torch.bfloat16, requires_grad=True) for size in (64, 300))
     with compiling_for(target) as found, tm.use_backend("triton"):
         tm.margin_cross_entropy(x, weight, torch.arange(64), margin).backward()

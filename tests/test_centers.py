@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import tritonmargin as tm
 from tritonmargin import centers
 from tritonmargin.checkpoint import CheckpointError
-from tritonmargin.parallel import Shard
+from tritonmargin.distributed.shard import Shard
 
 # -- export -----------------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import tritonmargin as tm
-from tritonmargin import agree, manifest
+from tritonmargin import manifest
 from tritonmargin.checkpoint import CheckpointError, load, save
+from tritonmargin.distributed import agreement
+from tritonmargin.distributed.shard import Shard
 from tritonmargin.optim import RowAdamW
-from tritonmargin.parallel import Shard
 
 
 def state_of(c, seed, shard=None):
@@ -635,7 +636,7 @@ def outside(rank):
     group = first_ranks(2)
     if rank >= 2:
         with pytest.raises(ValueError, match="group: this rank is not part of it"):
-            agree.Ranks(group)
+            agreement.Ranks(group)
 
 
 def test_ranks_that_are_not_part_of_a_group_are_told_so(pool):

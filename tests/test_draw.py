@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonmargin as tm
-from tritonmargin import kernels, permutation
-from tritonmargin.kernels import KernelError
+from tritonmargin import permutation
+from tritonmargin.backends import registry as kernels
+from tritonmargin.backends.registry import KernelError
 from tritonmargin.sampling import Sampler, draw, draw_by_torch
 
 if MACHINE == "cpu":

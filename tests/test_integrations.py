@@ -187,15 +187,15 @@ def test_a_checkpointed_head_has_the_same_gradients(kind: str, reentrant: bool, 
 
 
 @not_ttsem
-def test_a_selective_checkpoint_may_keep_the_stream() -> None:
+def test_a_selective_checkpoint_may_keep_the_class_pass() -> None:
     """Its op then runs once, and the margin again."""
     network, (x, y) = Network(), batch()
     ran: list[str] = []
 
     def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        stream = op is torch.ops.tritonmargin.stream.default
-        ran.append("again" if context.is_recompute and stream else "first" if stream else "other")
-        return CheckpointPolicy.MUST_SAVE if stream else CheckpointPolicy.PREFER_RECOMPUTE
+        once = op is torch.ops.tritonmargin.class_pass.default
+        ran.append("again" if context.is_recompute and once else "first" if once else "other")
+        return CheckpointPolicy.MUST_SAVE if once else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     kept = functools.partial(checkpoint, network, use_reentrant=False, context_fn=contexts)

@@ -18,21 +18,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, MACHINE, made
+from cases import DEVICE, MACHINE, made, passed
 from counted import counting
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tritonmargin as tm
-from tritonmargin import kernels, walk
-from tritonmargin.kernels import torch_ops
-from tritonmargin.kernels.torch_ops import Running, Shares
-from tritonmargin.stream import stream
+from tritonmargin.backends import precision as products
+from tritonmargin.backends import registry as kernels
+from tritonmargin.backends import torch_ops
 
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
-from tritonmargin.kernels import products, tiles, triton_ops
+from tritonmargin.kernels import tiles, triton_ops
+from tritonmargin.kernels.triton_ops import Running, Shares
 
 TTSEM = MACHINE.startswith("ttsem")
 # The interpreter multiplies bfloat16 operands wrongly (Triton 3.6 to 3.9).
@@ -549,17 +549,15 @@ def test_a_walk_multiplies_all_its_chunks_alike(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("asks", ["rest", "hinge", "hardest"])
 def test_nothing_waits_for_the_device(asks: str) -> None:
-    """The stream reads no number back and no size depends on data, so a step can be captured in a CUDA graph."""
+    """The class pass reads no number back and no size depends on data, so a step can be captured in a CUDA graph."""
     x, w = random(20, 16, seed=1).requires_grad_(), random(70, 16, seed=2).requires_grad_()
     target = torch.arange(20, device=DEVICE)
     threshold = random(20, seed=3) if asks == "hinge" else None
 
     def step() -> None:
-        out = stream(
-            x, w, target, class_ids=torch.arange(70, device=DEVICE), bias=None, class_weight=None,
-            threshold=threshold, unit=True, bounded=asks == "rest",
-            want_rest=asks == "rest", want_hardest=asks == "hardest", sparse=False, dtype=torch.float32, chunk_bytes=1,
-            retain_bytes=0, backend="triton",
+        out = passed(
+            x, w, target, torch.float32, class_ids=torch.arange(70, device=DEVICE), threshold=threshold,
+            bounded=asks == "rest", want_rest=asks == "rest", want_hardest=asks == "hardest", backend="triton",
         )  # fmt: skip
         value = {"rest": out.rest, "hinge": out.hinge, "hardest": out.hardest_product}[asks]
         (value + out.target_product + out.target_norm).sum().backward()
@@ -568,7 +566,7 @@ def test_nothing_waits_for_the_device(asks: str) -> None:
         step()
     assert x.grad.isfinite().all()
     names = {event.name() for event in profiler.profiler.kineto_results.events()}
-    assert "tritonmargin::stream_backward" in names
+    assert "ClassPassBackward" in names
     waits = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::_unique2", "aten::masked_select"}
     assert not names & waits
 
@@ -736,10 +734,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *edits: tuple[str, s
     spec = importlib.util.spec_from_file_location("broken_ops", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    load: Callable[[str], ModuleType] = lambda name: module  # noqa: E731
-    for user in (walk, kernels):
-        monkeypatch.setattr(user, "load_backend", load)
-    monkeypatch.setattr("tritonmargin.stream.load_backend", load)
+    monkeypatch.setitem(kernels.LOADED, "triton", module)
     return module
 
 

@@ -54,9 +54,7 @@ def test_head_is_the_function():
 
 def test_a_heads_chunks_are_as_large_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        "tritonmargin.functional.stream", lambda *_, chunk_bytes, **__: seen.append(chunk_bytes) or 1 / 0
-    )
+    monkeypatch.setattr("tritonmargin.loss.class_pass", lambda _, spec, __: seen.append(spec.chunk_bytes) or 1 / 0)
     for size in (None, 1 << 20):
         with pytest.raises(ZeroDivisionError):
             tm.MarginSoftmaxLoss(8, 131, chunk_bytes=size)(*batch())
@@ -252,6 +250,7 @@ BAD_CALLS = {
     "embeddings of rank 3": (dict(embeddings=X[None]), ValueError, "embeddings must have shape"),
     "embeddings a list": (dict(embeddings=[[1.0]]), TypeError, "embeddings must be a tensor, got list"),
     "integer embeddings": (dict(embeddings=X.long()), TypeError, "embeddings must be float16.*got torch.int64"),
+    "weight a list": (dict(weight=[[1.0]]), TypeError, "weight must be a tensor, got list"),
     "complex weight": (dict(weight=W + 0j), TypeError, "weight must be float16"),
     "weight of rank 1": (dict(weight=W[0]), ValueError, r"weight must have shape \[C, D\]"),
     "no classes": (dict(weight=W[:0]), ValueError, "at least one class"),

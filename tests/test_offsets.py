@@ -22,9 +22,9 @@ if MACHINE == "cpu":
 
 from test_kernels import broken, with_tiles
 
-from tritonmargin import kernels
+from tritonmargin.backends import registry as kernels
 from tritonmargin.kernels import triton_ops
-from tritonmargin.kernels.torch_ops import Running, Shares
+from tritonmargin.kernels.triton_ops import Running, Shares
 from tritonmargin.kernels.updates import RowUpdate
 
 LINE = (1 << 30) + 16

@@ -10,6 +10,7 @@ from cases import (
     KINDS,
     MACHINE,
     ONE_CHUNK,
+    asked,
     assert_rows_close,
     every_backend,
     every_kind,
@@ -25,8 +26,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import tritonmargin as tm
+from tritonmargin.class_pass.op import OUTPUTS, encode
 from tritonmargin.margins import MARGINS
-from tritonmargin.stream import Streamed
+from tritonmargin.spec import PassGrads, PassInputs, PassOutput, PassSpec
 
 CLASSES = ONE_CHUNK + 3
 
@@ -170,8 +172,9 @@ FORWARD = {
     "bounded": {},
     "retained": {"retain_bytes": 10**6},
     "one chunk retained": {"retain_bytes": ONE_CHUNK * 5 * 4},
-    "unbounded": {"bounded": False, "unit": False, "bias": True, "want_hardest": True},
-    "sampled": {"class_ids": True, "class_weight": True, "sparse": True},
+    "unbounded": {"bounded": False, "unit_weight": False, "bias": True, "want_hardest": True},
+    "sampled": {"class_ids": True, "mean_weight": True, "sparse": True},
+    "smoothed": {"bounded": False, "mean_weight": True, "bias": True},
     "hinge": {"bounded": False, "threshold": True, "want_rest": False},
     "max": {"bounded": False, "want_rest": False, "want_hardest": True},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -182,20 +185,19 @@ FORWARD = {
 
 @not_ttsem
 @pytest.mark.parametrize("name", FORWARD)
-def test_opcheck_of_the_stream(name: str) -> None:
-    x, w, row, options = op_inputs(name)
-    x, w = x.requires_grad_(), w.requires_grad_()
+def test_opcheck_of_the_class_pass(name: str) -> None:
+    inputs, spec = op_inputs(name)
+    inputs = inputs._replace(x=inputs.x.requires_grad_(), weight=inputs.weight.requires_grad_())
     # Gradients are compared between eager and compiled, so every output must be asked for by a fixed order of sums.
-    opcheck(OPS.stream.default, (x, w, row), options)
+    opcheck(OPS.class_pass.default, (*inputs, *encode(spec)))
 
 
 @not_ttsem
 @pytest.mark.parametrize("retain_bytes", [0, 3, 10**6])
 def test_fake_outputs_of_an_empty_batch(retain_bytes: int) -> None:
-    x, w, row, options = op_inputs("retained")
-    opcheck(
-        OPS.stream.default, (x[:0], w, row[:0]), options | {"retain_bytes": retain_bytes}, test_utils="test_faketensor"
-    )
+    inputs, spec = op_inputs("retained", retain_bytes=retain_bytes)
+    inputs = inputs._replace(x=inputs.x[:0], target=inputs.target[:0])
+    opcheck(OPS.class_pass.default, (*inputs, *encode(spec)), test_utils="test_faketensor")
 
 
 @not_ttsem
@@ -206,45 +208,48 @@ def test_vmap_over_a_loss() -> None:
         torch.testing.assert_close(found, torch.stack([tm.margin_cross_entropy(each, w, y, margin) for each in x]))
 
 
-def op_inputs(name: str) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
+def op_inputs(name: str, **changed: object) -> tuple[PassInputs, PassSpec]:
     given = problem(5, 7, CLASSES, bias=True).to(torch.float32)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()
-    options: dict[str, object] = {
-        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "offset": None, "unit": True,
-        "bounded": True, "want_rest": True, "want_hardest": False, "sparse": False, "dtype": torch.float32,
-        "chunk_bytes": 1, "retain_bytes": 0, "backend": "torch", **FORWARD[name],
-    }  # fmt: skip
-    tensors = {"class_ids": ids, "bias": given.bias, "class_weight": torch.rand(CLASSES), "threshold": given.upstream}
+    tensors = {"class_ids": ids, "bias": given.bias, "mean_weight": torch.rand(CLASSES), "threshold": given.upstream}
     tensors["offset"] = torch.rand(len(ids))
-    options |= {key: value for key, value in tensors.items() if options[key]}
-    row = given.y if options["class_ids"] is None else torch.searchsorted(ids, given.y)
+    options = {key: tensors.get(key, value) if value is True else value for key, value in FORWARD[name].items()}
+    position = torch.searchsorted(ids, given.y) if "class_ids" in options else given.y
     x, w = given.x, given.w
     if name == "permuted":
         x, w = x.T.contiguous().T, w.T.contiguous().T
-    return x, w, row, options
+    return asked(x, w, position, **{"dtype": torch.float32} | options | changed)
 
 
 @not_ttsem
 @pytest.mark.parametrize("name", FORWARD)
 def test_opcheck_of_its_backward(name: str) -> None:
     """The backward op by itself, with every upstream gradient that goes with the outputs."""
-    x, w, row, options = op_inputs(name)
-    out = OPS.stream.default(x, w, row, **options)
-    out = Streamed(*out)
-    rest, hinge, hardest_row, mean_row = out.rest, out.hinge, out.hardest_row, out.mean_row
-    kind = "hinge" if len(hinge) else "exp" if options["bounded"] else "softmax"
+    inputs, spec = op_inputs(name)
+    found = OPS.class_pass.default(*inputs, *encode(spec))
+    out, saved = PassOutput(*found[:OUTPUTS]), found[OUTPUTS:]
     g = torch.linspace(-1.0, 1.0, 5)
-    arguments = (
-        x, w, row, options["class_ids"], options["bias"], options["class_weight"], options["offset"],
-        {"hinge": options["threshold"], "exp": out.total, "softmax": rest if len(rest) else None}[kind],
-        hardest_row, mean_row, out.target_rows, out.retained,
-        None if name == "max" else g, g, g / out.target_norm, g if len(mean_row) else None,
-        g if len(hardest_row) else None, kind, options["unit"], options["sparse"],
-    )  # fmt: skip
-    last = (options["dtype"], options["chunk_bytes"], options["backend"])
-    wanted = [(True, True, options["bias"] is not None), (True, False, False), (False, True, False)]
+    grads = PassGrads(
+        rest=g if spec.want_rest else None,
+        target_product=g,
+        target_norm=g / out.target_norm,
+        mean_logit=None if inputs.mean_weight is None else g,
+        hinge=None if inputs.threshold is None else g,
+        hardest_product=g if spec.want_hardest else None,
+    )
+    wanted = [(True, True, inputs.bias is not None), (True, False, False), (False, True, False)]
     for needs in wanted[: 3 if name in ("bounded", "unbounded") else 1]:
-        opcheck(OPS.stream_backward.default, (*arguments, *needs, *last))
+        opcheck(OPS.class_pass_backward.default, (*inputs, *saved, *grads, *needs, *encode(spec)))
+
+
+def test_the_schemas_are_what_the_values_say() -> None:
+    """Positions in the operators' flat arguments are fields, in order: a field more is an argument more."""
+    for op, more in ((OPS.class_pass.default, 0), (OPS.class_pass_backward.default, 6 + len(PassGrads._fields) + 3)):
+        names = [argument.name for argument in op._schema.arguments]
+        fields = list(PassSpec.__dataclass_fields__)
+        assert names[: len(PassInputs._fields)] == list(PassInputs._fields)
+        assert names[-len(fields) :] == fields
+        assert len(names) == len(PassInputs._fields) + more + len(fields)
 
 
 @not_ttsem

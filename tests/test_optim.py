@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import tritonmargin as tm
+from tritonmargin.backends.torch_ops import RowGrads, finish_gradient, prepare_rows
 from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
 from tritonmargin.optim import NoGradient, RowAdamW, RowSGD
 
@@ -229,7 +230,7 @@ def test_inside_backward_is_the_same_update(
     kind: str, rate: float, unsampled: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype = torch.float64 if backend == "torch" else torch.float32
-    monkeypatch.setattr("tritonmargin.walk.cache_bytes", lambda: 1)  # several chunks
+    monkeypatch.setattr("tritonmargin.class_pass.chunks.cache_bytes", lambda: 1)  # several chunks
     for margin in ("arc", "plain", "norm"):
         with using(backend):
             expected, expected_dx = trained(kind, False, dtype, rate, unsampled, margin=margin)
@@ -239,15 +240,12 @@ def test_inside_backward_is_the_same_update(
         torch.testing.assert_close(found_dx, expected_dx, rtol=rtol, atol=rtol)
 
 
-@every_backend
 @pytest.mark.parametrize("kind", ["nesterov", "adamw"])
 @pytest.mark.parametrize("place", ["rows in order", "row numbers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_backend_updates_as_the_rule_says(kind: str, place: str, dtype: torch.dtype, backend: str) -> None:
-    """finish_rows with an update, against the rule on its own in float64."""
-    from tritonmargin.kernels import load_backend
-
-    ops, d = load_backend(backend), 33
+def test_rows_are_updated_as_the_rule_says(kind: str, place: str, dtype: torch.dtype) -> None:
+    """The end of a gradient with an update, against the rule on its own in float64."""
+    d = 33
     ours, _, options = OPTIMISERS[kind]
     start, stop = 5, 5 + 37
     weight = nn.Parameter(made(90, d, seed=1).to(dtype))
@@ -270,10 +268,10 @@ def test_a_backend_updates_as_the_rule_says(kind: str, place: str, dtype: torch.
             update_rows(update, where, gradient.double())
         else:
             update = RowUpdate(update.rule, weight.detach().clone(), update.numbers, state, steps)
-            prepared = ops.prepare_rows(update.weight, ids, start, stop, False, torch.empty_like(gradient).to(dtype),
-                                        torch.empty_like(gradient).to(dtype))  # fmt: skip
+            buffer = torch.empty_like(gradient).to(dtype)
+            prepared = prepare_rows(update.weight, ids, start, stop, False, buffer, buffer)
             scratch = gradient.clone()
-            ops.finish_rows(scratch, scratch, prepared, start, [], None, None, None, update.weight, where, update)
+            finish_gradient(scratch, scratch, prepared, start, RowGrads([]), None, update.weight, where, update)
         results.append((update.weight, *update.state, update.steps))
     eps = torch.finfo(dtype).eps
     for expected, found in zip(*results, strict=True):
@@ -284,17 +282,14 @@ def test_a_backend_updates_as_the_rule_says(kind: str, place: str, dtype: torch.
     assert torch.equal(results[1][0][untouched], weight.detach()[untouched])
 
 
-@every_backend
-def test_rounding_by_chance_inside_backward(backend: str) -> None:
-    """Rows that would round back to themselves move on average as they should, in each backend's own chance."""
-    from tritonmargin.kernels import load_backend
-
-    ops, k, d = load_backend(backend), 200, 64
+def test_rounding_by_chance_inside_backward() -> None:
+    """Rows that would round back to themselves move on average as they should."""
+    k, d = 200, 64
     weight = torch.full((k, d), 1.0, dtype=torch.bfloat16, device=DEVICE)
     update = RowUpdate("sgd", weight, (1.0, 0.0, 0.0, 0.0), seed=5)
     step = torch.full((k, d), 2.0**-11, device=DEVICE)  # 1/16 of the gap below 1
-    prepared = ops.prepare_rows(weight, None, 0, k, False, step.to(torch.bfloat16), step.to(torch.bfloat16))
-    ops.finish_rows(step, step.clone(), prepared, 0, [], None, None, None, weight, slice(0, k), update)
+    prepared = prepare_rows(weight, None, 0, k, False, step.to(torch.bfloat16), step.to(torch.bfloat16))
+    finish_gradient(step, step.clone(), prepared, 0, RowGrads([]), None, weight, slice(0, k), update)
     moved = (weight == 1.0 - 2.0**-8).float().mean()
     assert set(weight.float().unique().tolist()) == {1.0, 1.0 - 2.0**-8}
     expected = 2.0**-11 / 2.0**-8

@@ -22,10 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonmargin as tm
-from tritonmargin import checks, parallel
+from tritonmargin import checks
+from tritonmargin.distributed import agreement
+from tritonmargin.distributed.shard import Shard, shard_range
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
-from tritonmargin.parallel import Shard, all_sums, shard_range
 from tritonmargin.sampling import Sampler
 
 pytestmark = cpu_only
@@ -437,7 +438,7 @@ def test_14_what_a_rank_waited_for_itself_is_no_news_and_a_lost_store_holds_nobo
 
 def nothing_to_hear() -> None:
     """Both gave up on a group and go on with a head of their own."""
-    parallel.leave_word([0, 1])
+    agreement.leave_word([0, 1])
     dist.barrier()
     head = tm.MarginSoftmaxLoss(D, 10)
     head(torch.randn(2, D), torch.tensor([1, 2]))
@@ -742,7 +743,7 @@ def one_dies(moment: str) -> str:
 
 def one_of_two_sums() -> None:
     a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
-    first, second = all_sums(Shard(4), a, b)
+    first, second = Shard(4).all_sums(a, b)
     assert first.tolist() == second.tolist() == [2.0, 2.0, 2.0]
     first.sum().backward()
     assert a.grad is not None
@@ -751,5 +752,5 @@ def one_of_two_sums() -> None:
 
 
 def test_a_sum_that_nobody_differentiates_has_no_gradient() -> None:
-    """The stream would gather rows for the gradient of |w_y|, were it zeros."""
+    """The class pass would gather rows for the gradient of |w_y|, were it zeros."""
     on_ranks(2, one_of_two_sums)

@@ -13,13 +13,16 @@ from perf_cases import ROOT
 # Python imports a module of this name in every process that it starts.
 PLANT = """
 import time
-from tritonmargin.walk import Walk
-chunks = Walk.chunks
-def slower(walk):
+from tritonmargin.class_pass.chunks import Chunks
+
+ranges = Chunks.ranges
+
+def slower(chunks):
     begun = time.perf_counter()
-    yield from chunks(walk)
+    yield from ranges(chunks)
     time.sleep(0.15 * (time.perf_counter() - begun))
-Walk.chunks = slower
+
+Chunks.ranges = slower
 """
 SIZES = ["--classes", "1e5", "--providers", "ours,ours-retain,plain", "--modes", "forward+backward"]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritonmargin.kernels import products
+from tritonmargin.backends import precision as products
 
 ON_GPU = SimpleNamespace(is_cuda=True)
 ON_CPU = SimpleNamespace(is_cuda=False)
@@ -42,7 +42,7 @@ def test_float16_is_multiplied_as_tf32_and_the_setting_comes_back(before: str) -
     assert now() == outside
 
 
-def test_other_walks_and_machines_leave_it_alone(gpu: list[str]) -> None:
+def test_other_passes_and_machines_leave_it_alone(gpu: list[str]) -> None:
     SETTING.fp32_precision = "ieee"
     for dtype, x in ((torch.float32, ON_GPU), (torch.bfloat16, ON_GPU), (torch.float16, ON_CPU)):
         with products.products(dtype, x, True):
@@ -57,7 +57,7 @@ def test_other_walks_and_machines_leave_it_alone(gpu: list[str]) -> None:
         assert now() == ("tf32", "tf32")
 
 
-def test_a_walk_keeps_its_precision_whatever_is_set_meanwhile() -> None:
+def test_a_pass_keeps_its_precision_whatever_is_set_meanwhile() -> None:
     SETTING.fp32_precision = "tf32"
     with products.products(torch.float32, ON_GPU, True):
         SETTING.fp32_precision = "ieee"

@@ -1,4 +1,4 @@
-"""The stream itself: both exponentials, the op's outputs, chunks and retained tiles, and what a call costs."""
+"""The class pass itself: both exponentials, its outputs, chunks and retained tiles, and what a call costs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cases import (
     ONE_CHUNK,
     Cost,
     Problem,
+    asked,
     assert_rows_close,
     cost,
     cpu_only,
@@ -22,6 +23,7 @@ from cases import (
     every_objective,
     made,
     oracle,
+    passed,
     precise,
     problem,
     streamed,
@@ -30,10 +32,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonmargin as tm
-from tritonmargin import functional
+from tritonmargin.class_pass.chunks import chunk_classes, retained_classes
+from tritonmargin.class_pass.exp_range import is_bounded, split_factor
+from tritonmargin.class_pass.op import OUTPUTS, SAVED, class_pass, encode
 from tritonmargin.margins import MARGINS
-from tritonmargin.stream import Streamed, add_slots, finite, hardest_slot, split_factor, stream
-from tritonmargin.walk import chunk_classes, is_bounded, retained_classes
+from tritonmargin.spec import PassGrads, PassInputs, PassOutput, PassSpec
 
 EVERYTHING = 10**9
 CHUNKS = 3  # of 64, 64 and 3 classes
@@ -59,11 +62,11 @@ def test_both_sides_of_the_switch(
         pytest.skip("the kernels leave float64 to the torch backend")
     taken = []
 
-    def spy(*args: Tensor, **options: object) -> Streamed:
-        taken.append(options["bounded"])
-        return stream(*args, **options)
+    def spy(inputs: PassInputs, spec: PassSpec, updater: object = None) -> PassOutput:
+        taken.append(spec.bounded)
+        return class_pass(inputs, spec)
 
-    monkeypatch.setattr(functional, "stream", spy)
+    monkeypatch.setattr("tritonmargin.loss.class_pass", spy)
     given = problem(6, 9, CLASSES)
     if where != "between":
         axis, sign = made(1, 9, seed=5), torch.ones(6, 1, dtype=torch.float64)
@@ -142,7 +145,7 @@ def test_both_paths_are_the_same_function(dtype: torch.dtype, s: float, backend:
     results = []
     for bounded, retain in itertools.product((True, False), (0, EVERYTHING)):
         a, w = x.clone().requires_grad_(), given.w.to(dtype).requires_grad_()
-        out = stream(a, w, given.y, **op_options(dtype, bounded=bounded, retain_bytes=retain, backend=backend))
+        out = passed(a, w, given.y, dtype, bounded=bounded, retain_bytes=retain, backend=backend)
         results.append((out.rest, *torch.autograd.grad(out.rest, (a, w), given.upstream.to(acc))))
     # exp(z) of a bfloat16 z is rounded once more before the products on either path, at a different power of e, and the
     # rows are unit rows on one path and scaled in the tile on the other.
@@ -151,15 +154,6 @@ def test_both_paths_are_the_same_function(dtype: torch.dtype, s: float, backend:
         for ours, other in zip(result, results[0], strict=True):
             error, size = (ours.double() - other.double()).norm(), other.double().norm()
             assert error <= rtol * size
-
-
-def op_options(dtype: torch.dtype, **changed: object) -> dict[str, object]:
-    """Arguments of the op after x, W and the target, as for a plain logsumexp."""
-    return {
-        "class_ids": None, "bias": None, "class_weight": None, "threshold": None, "offset": None, "unit": True,
-        "bounded": True, "want_rest": True, "want_hardest": False, "sparse": False, "dtype": dtype, "chunk_bytes": 1,
-        "retain_bytes": 0, "backend": "torch", **changed,
-    }  # fmt: skip
 
 
 def test_split_factor_stays_inside_the_range_of_float32() -> None:
@@ -221,17 +215,16 @@ def test_every_output_and_its_gradient(sampled: bool, unit: bool, backend: str) 
         kept = [leaf for leaf in (x, w, b) if leaf is not None]
         total = torch.zeros((), dtype=dtype)
         found: dict[str, Tensor] = {}
-        # The hinge and the logsumexp share one walk's gradient, so they are asked for one after the other.
+        # The hinge and the logsumexp share one pass's gradient, so they are asked for one after the other.
         for hinging in (False, True):
             t = threshold if hinging else None
             if streaming:
-                options = op_options(dtype, class_ids=ids, bias=b, class_weight=class_weight, threshold=t,
-                                     unit=unit, bounded=False, want_hardest=True, backend=backend)  # fmt: skip
-                out = stream(x, w, row, **options)._asdict()
+                out = passed(x, w, row, dtype, class_ids=ids, bias=b, mean_weight=class_weight, threshold=t,
+                             unit_weight=unit, bounded=False, want_hardest=True, backend=backend)._asdict()  # fmt: skip
             else:
                 out = by_definition(x, w, row, ids, b, class_weight, t, unit)
             names = ["hinge"] if hinging else ["rest"]
-            names += ["target_product", "target_norm", "mean_product", "hardest_product"]
+            names += ["target_product", "target_norm", "mean_logit", "hardest_product"]
             for name, weight in zip(names, upstream, strict=False):
                 total = total + out[name] @ weight
             found |= {name: out[name] for name in [*names, "hardest_row"]}
@@ -264,7 +257,7 @@ def by_definition(
         "rest": others.logsumexp(dim=1),
         "target_product": torch.where(valid, (x * rows[place]).sum(dim=1), 0.0),
         "target_norm": torch.where(valid, norm[place], 0.0),
-        "mean_product": x @ (class_weight @ rows),
+        "mean_logit": x @ (class_weight @ rows) + (0.0 if b is None else (class_weight * b).sum()),
         "hardest_row": hardest,
         "hardest_product": (x * rows[hardest]).sum(dim=1),
     }
@@ -288,24 +281,11 @@ def test_the_first_class_can_be_the_hardest(backend: str) -> None:
     torch.testing.assert_close(float(stats.hardest_logit[0]), 16.0, rtol=1e-5, atol=0)
 
 
-def test_slots_are_added_up() -> None:
-    z = made(4, 5, 7)  # slots, classes, samples
-    z[2] = -torch.inf
-    z[:, :, 3] = -torch.inf
-    maximum = z.amax(dim=1)
-    total = torch.exp(z - finite(maximum)[:, None]).sum(dim=1)
-    got, highest = add_slots(total, maximum)
-    torch.testing.assert_close(got.log() + highest, z.reshape(20, 7).logsumexp(dim=0), rtol=1e-12, atol=1e-12)
-    assert torch.equal(add_slots(total, None)[0], total.sum(dim=0))
-    alone, highest = add_slots(total[:1], maximum[:1])
-    torch.testing.assert_close(alone.log() + highest, z[0].logsumexp(dim=0), rtol=1e-12, atol=1e-12)
-
-
 def test_a_gradient_of_the_hardest_logit_alone() -> None:
     """The op's outputs are independent of each other: one may have a gradient where another has none."""
     x, w = made(5, 4).requires_grad_(), made(9, 4).requires_grad_()
     target = torch.arange(5)
-    out = stream(x, w, target, **op_options(torch.float64, want_hardest=True, bounded=False, unit=False))
+    out = passed(x, w, target, torch.float64, want_hardest=True, bounded=False, unit_weight=False)
     found = torch.autograd.grad(out.hardest_product.sum(), (x, w))
     others = (x @ w.t()).scatter(1, target[:, None], -torch.inf)
     expected = torch.autograd.grad(others.amax(dim=1).sum(), (x, w))
@@ -313,25 +293,10 @@ def test_a_gradient_of_the_hardest_logit_alone() -> None:
         torch.testing.assert_close(own, right, rtol=1e-12, atol=1e-12)
 
 
-def test_the_hardest_of_all_slots() -> None:
-    """The lowest row among equals; what a slot without a class has does not count; nan is the hardest."""
-    inf, nan = torch.inf, torch.nan
-    hardest = torch.tensor([[1.0, 2.0, -inf, -inf, nan], [3.0, 2.0, 0.5, -inf, 1.0], [2.0, 2.0, -inf, -inf, 2.0]])
-    row = torch.tensor([[4, 9, -1, -1, 7], [1, 0, 5, -1, 2], [3, 6, -1, -1, 3]])
-    value, found = hardest_slot(hardest, row)
-    torch.testing.assert_close(value, torch.tensor([3.0, 2.0, 0.5, -inf, nan]), equal_nan=True)
-    assert found.tolist() == [1, 0, 5, -1, 7]
-    value, found = hardest_slot(hardest[:1], row[:1])
-    assert found.tolist() == [4, 9, -1, -1, 7]
-    # A class whose logit is -inf is still one, beside a slot that has none.
-    value, found = hardest_slot(torch.full((2, 1), -math.inf), torch.tensor([[-1], [7]]))
-    assert (float(value[0]), int(found[0])) == (-math.inf, 7)
-
-
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("retain", [0, 10**6])
 @every_backend
-def test_an_offset_is_a_bias_of_the_walked_rows(bounded: bool, retain: int, backend: str) -> None:
+def test_an_offset_is_a_bias_of_the_active_rows(bounded: bool, retain: int, backend: str) -> None:
     dtype, size = precise(backend)
     given = problem(6, 9, CLASSES)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 3, device=given.y.device)]).unique()
@@ -341,7 +306,7 @@ def test_an_offset_is_a_bias_of_the_walked_rows(bounded: bool, retain: int, back
     found = []
     for options in ({"offset": offset, "bounded": bounded, "retain_bytes": retain}, {"bias": bias, "bounded": False}):
         x, w = given.x.to(dtype).requires_grad_(), given.w.to(dtype).requires_grad_()
-        out = stream(x, w, row, **op_options(dtype, class_ids=ids, backend=backend, want_hardest=True, **options))
+        out = passed(x, w, row, dtype, class_ids=ids, backend=backend, want_hardest=True, **options)
         grads = torch.autograd.grad(out.rest @ given.upstream.to(dtype), (x, w))
         found.append((out.rest, out.hardest_row, *grads))
     for ours, expected in zip(*found, strict=True):
@@ -351,8 +316,8 @@ def test_an_offset_is_a_bias_of_the_walked_rows(bounded: bool, retain: int, back
 FAKED = {
     "bounded": {},
     "retained": {"retain_bytes": 10**6},
-    "smoothed": {"class_weight": True, "bounded": False},
-    "biased": {"bias": True, "bounded": False, "unit": False},
+    "smoothed": {"mean_weight": True, "bounded": False},
+    "biased": {"bias": True, "bounded": False, "unit_weight": False},
     "hinge": {"threshold": True, "bounded": False, "want_rest": False},
     "sampled": {"class_ids": True},
     "offset": {"class_ids": True, "offset": True},
@@ -368,35 +333,26 @@ def test_fake_outputs_look_like_real_ones(name: str) -> None:
     """Shapes and dtypes that the ops promise to a compiler, forward and backward, each gradient asked for or not."""
     given = problem(6, 9, CLASSES, bias=True).to(torch.float32)
     ids = torch.cat([given.y, torch.arange(0, CLASSES, 2)]).unique()
-    tensors = {"class_ids": ids, "bias": given.bias, "class_weight": made(CLASSES).float(), "threshold": given.upstream,
+    tensors = {"class_ids": ids, "bias": given.bias, "mean_weight": made(CLASSES).float(), "threshold": given.upstream,
                "offset": made(len(ids)).float()}  # fmt: skip
-    asked = {key: tensors[key] if value is True and key in tensors else value for key, value in FAKED[name].items()}
-    options = op_options(torch.float32, **asked)
-    forward = (given.x, given.w, given.y % 3, options)
-    real = Streamed(*torch.ops.tritonmargin.stream(*forward[:3], **options))
-    saved = [given.x, given.w, given.y % 3, options["class_ids"], options["bias"], options["class_weight"]]
-    saved += [options["offset"]]
-    saved += [real.total if options["bounded"] else real.rest if options["want_rest"] else None]
-    saved += [real.hardest_row, real.mean_row, real.target_rows, real.retained]
-    g = [given.upstream if saved[7] is not None else None, given.upstream, None, None, None]
+    changed = {key: tensors[key] if value is True and key in tensors else value for key, value in FAKED[name].items()}
+    inputs, spec = asked(given.x, given.w, given.y % 3, torch.float32, **changed)
+    real = torch.ops.tritonmargin.class_pass(*inputs, *encode(spec))
     mode = FakeTensorMode()
 
     def fake(value: object) -> object:
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
     with mode:
-        promised = torch.ops.tritonmargin.stream(
-            *map(fake, forward[:3]), **{key: fake(value) for key, value in options.items()}
-        )
+        promised = torch.ops.tritonmargin.class_pass(*map(fake, inputs), *encode(spec))
+    assert len(real) == OUTPUTS + SAVED
     assert [(t.shape, t.dtype, t.stride()) for t in promised] == [(t.shape, t.dtype, t.stride()) for t in real]
-    for need_x, need_weight, need_bias in itertools.product(
-        (True, False), (True, False), {True, False} if options["bias"] is not None else {False}
-    ):
-        last = ["exp" if options["bounded"] else "softmax", options["unit"], options["sparse"], need_x, need_weight,
-                need_bias, torch.float32, 1, "torch"]  # fmt: skip
-        made_of = torch.ops.tritonmargin.stream_backward(*saved, *g, *last)
+    g = PassGrads(rest=given.upstream if spec.want_rest else None, target_product=given.upstream)
+    for needs in itertools.product((True, False), (True, False), {True, False} if inputs.bias is not None else {False}):
+        arguments = [*inputs, *real[OUTPUTS:], *g]
+        made_of = torch.ops.tritonmargin.class_pass_backward(*arguments, *needs, *encode(spec))
         with mode:
-            promised = torch.ops.tritonmargin.stream_backward(*map(fake, [*saved, *g]), *last)
+            promised = torch.ops.tritonmargin.class_pass_backward(*map(fake, arguments), *needs, *encode(spec))
         assert [(t.shape, t.dtype) for t in promised] == [(t.shape, t.dtype) for t in made_of]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from tritonmargin.distributed.single import Single, SingleBatch
 
 
+def once(make: Callable[[Any], Tensor]) -> Any:
+    """A property that is made when it is first asked for. functools' takes a lock, which torch.compile cannot trace."""
+    name = f"_{make.__name__}"
+
+    def get(owner: Any) -> Tensor:
+        found = getattr(owner, name, None)
+        if found is None:
+            found = make(owner)
+            setattr(owner, name, found)
+        return found
+
+    return property(get, doc=make.__doc__)
+
+
 class Labels:
     """The labels of a loss. Each reading is made once, when it is first asked for.
 
@@ -23,41 +37,48 @@ class Labels:
     Args:
         target: [N] class numbers in [0, num_classes), or ignore_index.
         ranks: says which of the classes are this rank's.
+        number: the first reading, where it is known.
 
     Raises:
         ValueError: a label that is looked at is no class.
     """
 
-    def __init__(self, target: Tensor, num_classes: int, ignore_index: int, ranks: Shard | Single) -> None:
+    def __init__(
+        self,
+        target: Tensor,
+        num_classes: int,
+        ignore_index: int,
+        ranks: Shard | Single,
+        number: Tensor | None = None,
+    ) -> None:
         self.target, self.num_classes, self.ignore_index, self.ranks = target, num_classes, ignore_index, ranks
-        if checks.looks_at_values(target.device):
+        self._number = number
+        if number is None and checks.looks_at_values(target.device):
             _ = self.number
 
     def gathered(self, batch: Batch | SingleBatch) -> Labels:
         """Those of all ranks."""
         if self.ranks.is_single:
             return self
-        found = Labels.__new__(Labels)
-        found.target = found.number = batch.gather(self.number)
-        found.num_classes, found.ignore_index, found.ranks = self.num_classes, -1, self.ranks
-        return found
+        number = batch.gather(self.number)
+        return Labels(number, self.num_classes, -1, self.ranks, number)
 
-    @cached_property
+    @once
     def number(self) -> Tensor:
         """[N] int64 class number, -1 where it is ignored."""
         return checks.positions(self.target, None, self.num_classes, self.ignore_index)
 
-    @cached_property
+    @once
     def valid(self) -> Tensor:
         """[N] bool."""
         return self.number >= 0
 
-    @cached_property
+    @once
     def class_number(self) -> Tensor:
         """[N] int64, 0 where it is ignored."""
         return self.number.clamp(min=0)
 
-    @cached_property
+    @once
     def own(self) -> Tensor:
         """[N] int64, the class's row on this rank; -1: another rank's, or ignored."""
         return self.ranks.own_labels(self.number)
@@ -85,7 +106,7 @@ class ActiveClasses:
     def count(self) -> int:
         return self.rows if self.ids is None else self.ids.shape[0]
 
-    @cached_property
+    @once
     def position(self) -> Tensor:
         """[N] int64, each label's index among the active classes, -1: not there."""
         own, ids = self.labels.own, self.ids

@@ -13,13 +13,13 @@ from torch import Tensor
 from tritonmargin import checks, reference
 from tritonmargin.backends.precision import accumulate, precision_of
 from tritonmargin.backends.registry import KernelError, backend_after, current_backend, load_backend
-from tritonmargin.backends.torch_ops import inverse_norm
 from tritonmargin.class_pass.exp_range import is_bounded
 from tritonmargin.class_pass.op import class_pass, seen_as_ops
 from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
 from tritonmargin.margins import Margin, TargetRows
 from tritonmargin.objectives import OBJECTIVES, smoothed
+from tritonmargin.rows import own_numbers, scaled_rows, target_numbers
 from tritonmargin.spec import LossInputs, LossOptions, PassInputs, PassOutput, PassSpec, Stats
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def compute_loss(
     try:
         labels, compute, backend = validated(inputs, margin, options, ranks, updater)
     except (TypeError, ValueError):
-        ranks.announce_error(inputs.weight.device, SETTINGS)
+        ranks.announce_error(inputs.weight, SETTINGS)
         raise
     if backend == "reference":
         return by_reference(inputs, margin, options, labels, sampler)
@@ -60,7 +60,7 @@ def compute_loss(
         drawn = sampler is not None
         if sampler is not None:
             rows = inputs.weight.shape[0]
-            inputs = inputs._replace(class_ids=sampler.draw(samples.labels.own, rows))
+            inputs = inputs._replace(class_ids=sampler.draw(samples.labels.to_draw, rows))
         active = ActiveClasses(samples.labels, inputs.weight.shape[0], inputs.class_ids, drawn)
         call = Call(inputs, margin, options, ranks, samples, active, compute, updater)
         loss = fused_loss(call, backend)
@@ -322,6 +322,19 @@ def threshold(call: Call, rows: PassRows, own_bias: Tensor | None) -> Tensor:
         return target_logit(call, product, weight_norm, norm, own_bias)[0]
 
 
+def target_logit(
+    call: Call, product: Tensor, weight_norm: Tensor, norm: Tensor, own_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """t and the logit without the margin, [N] each, bias included."""
+    margin = call.margin
+    scale: float | Tensor = margin.s if margin.unit_embeddings else norm
+    if not margin.unit_weight:
+        scale = scale * weight_norm
+    rows = TargetRows(product, norm, weight_norm, scale, call.labels.class_number)
+    t = margin.target_logit(rows).to(product.dtype)
+    return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
+
+
 def smoothing_weight(call: Call) -> Tensor:  # [C]
     """a_c of the mean: 1 or the class's weight, divided by the number of active classes of all ranks."""
     class_weight = call.inputs.class_weight
@@ -362,76 +375,6 @@ def mean_numbers(call: Call, out: PassOutput, a: Tensor) -> Mean:
     active = a if call.inputs.class_ids is None else a[call.inputs.class_ids]
     own = own_numbers(a, call.labels.own, a.dtype)
     return Mean(*call.ranks.all_sums(out.mean_logit, own, active.sum().expand_as(out.mean_logit)))
-
-
-# -- one row a sample ------------------------------------------------------------------------------------------------
-
-
-def scaled_rows(x: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:  # [N, D] -> [N, D], [N]
-    """The rows that the class pass multiplies with: s x/|x| (0 for a zero row) or x itself; and |x|."""
-    norm = torch.linalg.vector_norm(x, dim=1)
-    if not margin.unit_embeddings:
-        return x, norm
-    length = norm.detach()
-    length = length.masked_fill(length < 4.0 * torch.finfo(x.dtype).tiny, torch.inf)
-    if isinstance(margin.s, Tensor):  # it may have a gradient
-        return margin.s * UnitRows.apply(x, length, 1.0), norm
-    return UnitRows.apply(x, length, margin.s), norm
-
-
-class UnitRows(torch.autograd.Function):
-    """y = s x/|x| from x and |x|, which has no gradient of its own, in half of autograd's operations.
-
-    dL/dx = (s g - y (y . g)/s)/|x|. A zero row is given the length inf: y and dL/dx are 0.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, length: Tensor, s: float) -> Tensor:
-        return x / length[:, None] * s
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, length, ctx.s = inputs
-        ctx.save_for_backward(output, length)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, length = ctx.saved_tensors
-        along = torch.linalg.vecdot(rows, grad) / ctx.s
-        return (grad * ctx.s).addcmul(rows, along[:, None], value=-1.0) / length[:, None], None, None
-
-
-def target_numbers(x: Tensor, weight: Tensor, own: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
-    """x . w'_y and |w_y|, [N] each, from gathered rows; 0 where the class is not here."""
-    if not len(weight):
-        return x.new_zeros(len(x)), x.new_zeros(len(x))
-    rows = torch.where(own[:, None] >= 0, weight.index_select(0, own.clamp(min=0)).to(x.dtype), 0.0)
-    norm = torch.linalg.vector_norm(rows, dim=1)
-    product = (x * rows).sum(dim=1)
-    return (product * inverse_norm(norm) if margin.unit_weight else product), norm
-
-
-def target_logit(
-    call: Call, product: Tensor, weight_norm: Tensor, norm: Tensor, own_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """t and the logit without the margin, [N] each, bias included."""
-    margin = call.margin
-    scale: float | Tensor = margin.s if margin.unit_embeddings else norm
-    if not margin.unit_weight:
-        scale = scale * weight_norm
-    rows = TargetRows(product, norm, weight_norm, scale, call.labels.class_number)
-    t = margin.target_logit(rows).to(product.dtype)
-    return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
-
-
-def own_numbers(vector: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:  # [C], [N] -> [N]
-    """The numbers of the samples' classes, 0 where a class is not here."""
-    if not len(vector):
-        return own.new_zeros(own.shape, dtype=dtype)
-    # Not index_select: its backward adds with atomics on a GPU.
-    return torch.where(own >= 0, vector[own.clamp(min=0)].to(dtype), 0.0)
 
 
 # -- objective, reduction, statistics --------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ class MarginSoftmaxLoss(nn.Module):
         try:
             options = self.options(return_stats, self.logq_correction and sampled)
         except (TypeError, ValueError):
-            ranks.announce_error(self.weight.device, SETTINGS)
+            ranks.announce_error(self.weight, SETTINGS)
             raise
         inputs = LossInputs(embeddings, self.weight, target, self.bias, class_ids, self.class_weight)
         result = compute_loss(inputs, self.margin, options, ranks=ranks, sampler=sampler, updater=self._updater)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """loss(t, others) per sample; `others` names the stream's output that it looks at."""
+    """loss(t, others) per sample; `others` names the class pass's output that it looks at."""
 
     others: str  # "rest" = logsumexp_{j != y} z_j, "hardest" = max_{j != y} z_j, "hinge" = sum_{j != y} relu(z_j - t)
     loss: Callable[[Tensor, Tensor], Tensor]  # [N], [N] -> [N]
@@ -34,7 +34,7 @@ def excess(t: Tensor, others: Tensor) -> Tensor:
 
 
 def hinges(t: Tensor, total: Tensor) -> Tensor:
-    """sum_{j != y} relu(z_j - t), which the stream has summed already."""
+    """sum_{j != y} relu(z_j - t), which the class pass has summed already."""
     return total
 
 

@@ -15,8 +15,8 @@ import pandas as pd
 
 from perf.kernels.gpus import GPUS, H200, Gpu
 from perf.suite.machine import memory_bytes
-from tritonmargin.optim import CHUNK_BYTES
 from tritonmargin.class_pass.chunks import chunk_classes
+from tritonmargin.optim import CHUNK_BYTES
 
 GRADIENTS = {"dense": "dense gradient", "sparse": "sparse gradient", "backward": "update in backward"}
 ITEMS = {2: "bfloat16", 4: "float32"}  # bytes per number

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Modules that have a `BACKEND`. "reference" is not one of them: it has no class pass.
 MODULES = {"torch": "tritonmargin.backends.torch_backend", "triton": "tritonmargin.backends.triton"}
 BACKENDS = (*MODULES, "reference")
+LOADED: dict[str, Backend] = {}
 
 # A plain module variable: torch.compile guards on it, so a compiled step follows a later change.
 _chosen: str | None = os.environ.get("TRITONMARGIN_BACKEND")
@@ -30,7 +31,7 @@ _failed = False  # a kernel did, in a call that left the choice to the library
 def use_backend(name: str) -> Iterator[None]:
     """Compute with backend `name` inside the block, in every thread; TRITONMARGIN_BACKEND does so for a process.
 
-    "triton": the kernels, for CUDA and ROCm tensors. "torch": the stream in plain PyTorch, any device. "reference":
+    "triton": the kernels, for CUDA and ROCm tensors. "torch": the class pass in plain PyTorch, any device. "reference":
     full logits, to compare with. Without a choice the loss uses "triton" where it can and "torch" elsewhere.
 
     Raises:
@@ -113,13 +114,15 @@ def warn_once(reason: str) -> None:
 
 def load_backend(name: str) -> Backend:
     """The backend of this name; Triton is imported when it is first used."""
-    return load_module("torch" if name == "auto" and _failed else "triton" if name == "auto" else name)
+    name = "torch" if name == "auto" and _failed else "triton" if name == "auto" else name
+    load(name)
+    return LOADED[name]
 
 
-@functools.cache
-def load_module(name: str) -> Backend:
-    backend: Backend = importlib.import_module(MODULES[name]).BACKEND
-    return backend
+@torch.compiler.assume_constant_result  # a compiler runs it: it cannot trace an import
+def load(name: str) -> None:
+    if name not in LOADED:
+        LOADED[name] = importlib.import_module(MODULES[name]).BACKEND
 
 
 class KernelError(RuntimeError):

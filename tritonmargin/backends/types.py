@@ -26,7 +26,10 @@ class Backend(Protocol):
     normalises: bool  # takes embeddings and class numbers as they are, see PassInputs, and gives |x| itself
 
     def forward(self, inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:
-        """The output, and at most `class_pass.op.SAVED` tensors that backward needs beside the inputs."""
+        """The output, and at most `class_pass.op.SAVED` tensors that backward needs beside the inputs.
+
+        Each output is a tensor of its own, also an empty one. What is saved may be one of the outputs.
+        """
         ...
 
     def backward(

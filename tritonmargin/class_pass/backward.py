@@ -54,14 +54,14 @@ def run_backward(
     update: RowUpdate | None = None,
 ) -> InputGrads:
     """See `backends.types.Backend.backward`."""
-    x, kept, wanted = inputs.x, Saved(*saved[: len(Saved._fields)]), Needs(*needs)
+    x, stored, wanted = inputs.x, Saved(*saved[: len(Saved._fields)]), Needs(*needs)
     with torch.autocast(x.device.type, enabled=False), products(spec.dtype, x, False):
         chunks = Chunks(inputs, spec)
-        rows = row_grads(inputs, kept, grads, spec) if wanted.weight else RowGrads([])
+        rows = row_grads(inputs, stored, grads, spec) if wanted.weight else RowGrads([])
         # Before an update changes the rows.
         hardest = grads.hardest_product is not None and wanted.x
-        hardest_rows = chunks.gather(kept.hardest_row)[0] if hardest else None
-        dense = dense_part(inputs, kept, grads, spec, rows, chunks)
+        hardest_rows = chunks.gather(stored.hardest_row)[0] if hardest else None
+        dense = dense_part(inputs, stored, grads, spec, rows, chunks)
         if dense is not None:
             rows = rows._replace(undo=dense.undo)
         grad_x = x.new_zeros((chunks.n, chunks.d)) if wanted.x else None
@@ -70,7 +70,7 @@ def run_backward(
         for start, stop in chunks.ranges():
             prepared, p = chunks.rows(start, stop), None
             if dense is not None:
-                p, by_class = dlogits(chunks, dense, kept.retained, prepared, start, stop, wanted.bias)
+                p, by_class = dlogits(chunks, dense, stored.retained, prepared, start, stop, wanted.bias)
                 if grad_x is not None:
                     add_product(grad_x, p.t(), prepared.operand)
                 if by_class is not None and grad_bias is not None:
@@ -78,7 +78,7 @@ def run_backward(
             if weight is not None:
                 weight.add(p, prepared, start, stop)
         if grad_x is not None:
-            finish_x(grad_x, kept, grads, dense, hardest_rows)
+            finish_x(grad_x, stored, grads, dense, hardest_rows)
         if grad_bias is not None and inputs.bias is not None:
             add_mean(grad_bias, inputs, grads)
             grad_bias = grad_bias.to(inputs.bias.dtype)

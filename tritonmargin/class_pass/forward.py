@@ -70,8 +70,8 @@ def results(
     inputs: PassInputs, chunks: Chunks, run: Running, mean_row: Tensor, retained: Tensor
 ) -> tuple[PassOutput, Saved]:
     x = inputs.x
-    nothing = x.new_empty(0)
-    rest = shift = hardest_product = mean_logit = nothing
+    # Each output is a tensor of its own, asked for or not: autograd tells outputs apart by the tensor.
+    rest, shift, norm, mean_logit, hinge, violations, hardest_product = (x.new_empty(0) for _ in range(7))
     hardest_row = chunks.target.new_empty(0)
     if run.total is not None:
         rest = run.total.log()
@@ -95,10 +95,10 @@ def results(
         rest=rest,
         target_product=(x * target_rows).sum(dim=1),
         target_norm=target_norm,
-        embedding_norm=nothing,
+        embedding_norm=norm,
         mean_logit=mean_logit,
-        hinge=nothing if run.hinge is None else run.hinge,
-        violations=nothing if run.violations is None else run.violations,
+        hinge=hinge if run.hinge is None else run.hinge,
+        violations=violations if run.violations is None else run.violations,
         hardest_product=hardest_product,
         hardest_row=hardest_row,
     )

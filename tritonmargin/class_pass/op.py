@@ -23,6 +23,7 @@ SAVED = 10  # tensors that a backend may save for backward: torch.func.vmap take
 INPUTS, OUTPUTS, GRADS = len(PassInputs._fields), len(PassOutput._fields), len(PassGrads._fields)
 SPEC = tuple(field.name for field in fields(PassSpec))
 PLAIN = (Tensor, torch.nn.Parameter)
+batched = torch._C._functorch.is_legacy_batchedtensor  # torch.autograd.grad(is_grads_batched=True)
 
 
 class Updater(Protocol):
@@ -57,7 +58,7 @@ def seen_as_ops(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(each is not None and type(each) not in PLAIN for each in tensors)
+        or any(each is not None and (type(each) not in PLAIN or batched(each)) for each in tensors)
     )
 
 
@@ -137,10 +138,15 @@ def constants(inputs: PassInputs, out: PassOutput, saved: Sequence[Tensor]) -> l
 
 def input_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, bool]) -> list[Tensor | None]:
     """Gradients of all of PassInputs."""
-    inputs, saved = PassInputs(*ctx.saved_tensors[:INPUTS]), ctx.saved_tensors[INPUTS:]
+    inputs, saved = unpacked(ctx)
     spec: PassSpec = ctx.spec
     found = backward_pass(inputs, saved, asked_for(inputs, spec, grads), needs, spec)
     return by_position(found, inputs, spec)
+
+
+def unpacked(ctx: Any) -> tuple[PassInputs, tuple[Tensor, ...]]:
+    tensors = ctx.saved_tensors  # once: activation checkpointing may make them anew each time
+    return PassInputs(*tensors[:INPUTS]), tensors[INPUTS:]
 
 
 def by_position(found: InputGrads, inputs: PassInputs, spec: PassSpec) -> list[Tensor | None]:
@@ -190,7 +196,7 @@ class ClassPass(torch.autograd.Function):
 def updating(ctx: Any, grads: Sequence[Tensor | None], needs: tuple[bool, bool, bool]) -> list[Tensor | None]:
     """`input_gradients`, and the rows of the weight are updated."""
     update = begin_update(ctx, needs[1])
-    inputs, saved = PassInputs(*ctx.saved_tensors[:INPUTS]), ctx.saved_tensors[INPUTS:]
+    inputs, saved = unpacked(ctx)
     needs = needs[0], update is not None, needs[2]
     found = backward_pass(inputs, saved, asked_for(inputs, ctx.spec, grads), needs, ctx.spec, update)
     if update is not None:
@@ -285,18 +291,23 @@ def forward_op(*args: Any) -> tuple[Tensor, ...]:
         # A graph is made for one backend: it cannot fall back, but the next call is compiled for another one.
         backend_after(error, spec.backend)
         raise
-    return (*out, *padded(apart(saved, (*inputs, *out)), inputs.x))
+    return apart((*out, *padded(saved, inputs.x)), inputs)
 
 
 def forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec = PassInputs(*args[:INPUTS]), decode(args[INPUTS:])
     out, saved = load_backend(spec.backend).fake(inputs, spec)
-    return (*out, *padded(apart(saved, out), inputs.x))
+    return apart((*out, *padded(saved, inputs.x)), inputs)
 
 
-def apart(saved: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor]:
-    """The saved tensors, copies of those that are other arguments or results: an operator's results are its own."""
-    return [each.clone() if any(each is other for other in others) else each for each in saved]
+def apart(results: Sequence[Tensor], inputs: PassInputs) -> tuple[Tensor, ...]:
+    """The results, copies of those that are inputs or other results: an operator's results are its own."""
+    taken = {id(each) for each in inputs}
+    found = []
+    for each in results:
+        found.append(each.clone() if id(each) in taken else each)
+        taken.add(id(each))
+    return tuple(found)
 
 
 def split_backward(args: Sequence[Any]) -> tuple[PassInputs, tuple[Tensor, ...], PassGrads, Any, PassSpec]:

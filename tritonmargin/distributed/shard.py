@@ -98,12 +98,12 @@ class Shard:
                     raise RuntimeError(f"tritonmargin: all ranks must ask for {name} or none: {ranks}")
         return Batch(self, [count for count, *_ in everyone], any(needed for _, needed, *_ in everyone))
 
-    def announce_error(self, device: torch.device, alike: int) -> None:
+    def announce_error(self, weight: Tensor, alike: int) -> None:
         """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one.
 
-        device: that the group exchanges on; the error may be that a tensor is on another.
+        weight: on the device that the group exchanges on; the error may be that another tensor is not.
         """
-        self.exchange(-1, False, settings=[False] * (2 + alike), device=device)
+        self.exchange(-1, False, settings=[False] * (2 + alike), device=weight.device)
 
     def agree(self, error: Exception | None, device: torch.device) -> None:
         """Raise on every rank if one of them has an error."""

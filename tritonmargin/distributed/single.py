@@ -20,7 +20,7 @@ class Single:
     def batch(self, x: Tensor, outside: Tensor | None, **alike: bool) -> SingleBatch:
         return BATCH
 
-    def announce_error(self, device: torch.device, alike: int) -> None:
+    def announce_error(self, weight: Tensor, alike: int) -> None:
         pass
 
     def agree(self, error: Exception | None, device: torch.device) -> None:

@@ -72,8 +72,8 @@ class Margin(nn.Module):
     or `target_logit`, when it needs norms, labels or a state. Angles are in radians.
 
     Args:
-        s: the scale of normalised embeddings, > 0. A Python number, because it bounds the logits and the stream
-           chooses its path by that bound without asking a device.
+        s: the scale of normalised embeddings, > 0. A Python number, because it bounds the logits and the class
+           pass chooses its path by that bound without asking a device.
 
     Raises:
         ValueError: s is not a positive finite number.
