@@ -78,26 +78,26 @@ class Kernel(NamedTuple):
 
 def step(dtype: str, other_rows: bool = False) -> list[Kernel]:
     """The kernels of a forward and backward; other_rows: class rows are copied first, as a sample's are."""
-    library = cases.by_library(dtype)
+    library, apart = cases.by_library(dtype), cases.DTYPES[dtype].itemsize == 4
     operands = (lambda s: s.tile) if library else lambda s: s.x + s.rows
     logits = [Kernel("logits", lambda s: s.tile + s.rows + s.x, "logits", times=2)] if library else []
     rate = "" if library else "logits"
-    # The gradient rows of float32 are a product of the library's: written and read.
-    dw = [Kernel("dW", lambda s: s.tile + s.rows + s.x, "dw")] if library else []
-    taken = (lambda s: s.rows) if library else lambda s: s.tile + s.x
+    # Gradient rows that the library multiplies are written, and read by finish.
+    dw = [Kernel("dW", lambda s: s.tile + s.rows + s.x, "dw")] if apart else []
+    taken = (lambda s: s.rows) if apart else lambda s: s.tile + s.x
     return [
         Kernel("rows", lambda s: 2 * (s.x + s.n * s.d * s.item) + 28 * s.n),
         Kernel("classes", lambda s: s.rows * (1 + other_rows) + 4 * s.c),
         *logits,
         Kernel("reduce", lambda s: operands(s) + 2 * s.per_slot + s.per_block, rate),
-        Kernel("loss", lambda s: s.per_slot + 48 * s.n),
+        Kernel("loss", lambda s: s.per_slot + 32 * s.n),
         Kernel("sum", lambda s: 8 * s.n),
         Kernel("weigh", lambda s: operands(s) + s.tile + 3 * s.per_slot + 2 * s.per_block, rate),
         Kernel("dX", lambda s: s.tile + s.rows + 4 * s.n * s.d, "dx"),
         *dw,
         # W and its gradient; each sample's x; sums per class once for every part of D.
         Kernel("finish", lambda s: taken(s) + 2 * s.rows + s.x + (s.per_block + 4 * s.c) * s.columns,
-               "" if library else "dw", after=lambda s: s.rows),
+               "" if apart else "dw", after=lambda s: s.rows),
         Kernel("back", lambda s: 3 * s.x + 4 * s.n * s.d + 12 * s.n),
     ]  # fmt: skip
 

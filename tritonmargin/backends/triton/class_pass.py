@@ -363,7 +363,7 @@ def finish(
         hardest = (kind.hardest.position, kind.hardest.product, kind.hardest.gradient, (1, 1))
     grad_bias = None if kind.grad_bias is None else (kind.grad_bias, True if kind.own_bias else None)
     # Each of these would spill beside as much of the tile as plain gradients leave in the registers.
-    more = rule is not None or grad_bias is not None or hardest is not None or weight.dtype == torch.float32
+    more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias, hardest))
     call(
         finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
         (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest), kind.upstream,
