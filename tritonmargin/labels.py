@@ -68,15 +68,26 @@ class Labels:
         """[N] int64 class number, -1 where it is ignored."""
         return checks.positions(self.target, None, self.num_classes, self.ignore_index)
 
+    @property
+    def unread(self) -> bool:
+        """Whether nobody has looked at the labels, and ignored ones are no classes: most readings are short then."""
+        plain = self.ranks.is_single and self.ignore_index < 0 and self.target.dtype in (torch.int64, torch.int32)
+        return plain and self._number is None
+
     @once
     def valid(self) -> Tensor:
-        """[N] bool."""
-        return self.number >= 0
+        """[N] bool, whether the sample counts."""
+        return self.target != self.ignore_index if self.unread else self.number >= 0
 
     @once
     def class_number(self) -> Tensor:
         """[N] int64, 0 where it is ignored."""
-        return self.number.clamp(min=0)
+        return self.target.clamp(min=0).long() if self.unread else self.number.clamp(min=0)
+
+    @property
+    def to_draw(self) -> Tensor:
+        """[N] int64 for a sampler: rows of this rank, and numbers that are none of them."""
+        return self.target.long() if self.unread else self.own
 
     @once
     def own(self) -> Tensor:
