@@ -334,7 +334,10 @@ def model() -> None:
     from perf.kernels import model as kernel_model
 
     with usage():
-        boxed(kernel_model.table().round(3), "D=512 on the H200: predicted from bytes, flops and rates; measured before, with other kernels")
+        boxed(
+            kernel_model.table().round(3),
+            "D=512, H200: predicted by bytes, flops and rates; measured before, of other kernels",
+        )
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -22,7 +21,6 @@ from perf.kernels import audit, cases, model, tune
 from perf.kernels.compile import Compiled, compiling_for
 from perf.kernels.gpus import GPUS
 from perf.kernels.ttsem import played
-from perf.suite.problem import matmul_precision
 from tritonmargin.kernels import tiles
 
 pd = pytest.importorskip("pandas")
@@ -37,13 +35,9 @@ once = pytest.mark.xdist_group("audit")  # what is compiled is for one worker
 @pytest.fixture(scope="module")
 def audited() -> pd.DataFrame:
     """A step and some other losses of H100, a step of an AMD card."""
-    few = {name: case for name, case in cases.CASES.items() if name in SOME}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "CASES", few)
-        parts = [("sm_90", "bfloat16", 512), ("sm_90", "bfloat16", 0), ("sm_90", "float16", 512)]
-        found = [line for part in parts for line in audit.lines(part)]
-        patch.setattr(cases, "IN_A_STEP", ("",))
-        return pd.DataFrame([*found, *audit.lines(("gfx942", "bfloat16", 512))])
+    parts = [("sm_90", "bfloat16", 512, name) for name in (*SOME, audit.DRAWS)]
+    parts += [("sm_90", "float16", 512, name) for name in cases.IN_A_STEP] + [("gfx942", "bfloat16", 512, "")]
+    return pd.DataFrame([line for part in parts for line in audit.lines(part)])
 
 
 @once

@@ -1,8 +1,8 @@
 """`python -m perf audit`: the kernels as machine code, and whether anything spills or leaves too little room.
 
-Every kernel of a step is compiled for every target, dtype and width as the library launches it, and those of every other
-loss at one width; nothing runs. A line of the table says what a program takes (registers, spills, shared memory, so
-how many blocks a processor holds) and its instructions by kind. No time is predicted here, see model.py.
+Every kernel of a step is compiled for every target, dtype and width as the library launches it, and those of every
+other loss at one width; nothing runs. A line of the table says what a program takes (registers, spills, shared memory,
+so how many blocks a processor holds) and its instructions by kind. No time is predicted here, see model.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from perf.kernels.gpus import GPUS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256, 512, 1024)
-Names = tuple[str, ...]
+Names, Part = tuple[str, ...], tuple[str, str, int, str]
 
 FIRST, FEW = ("sm_90", "bfloat16"), (64, 512)  # compiled at every width, and widths of the other dtypes
-HALVES = ("bfloat16", "float16")
+DRAWS = "draw"  # beside the names of cases.py
+HALVES, OWN_CODE = ("bfloat16", "float16"), ("float16", "tf32")
 
 ADAMW_SPILLS = 96
 NO_SPILL, FEW_SPILLS = "no register spills", f"at most {ADAMW_SPILLS} bytes of spills where AdamW updates the rows"
@@ -50,30 +51,29 @@ DECLARED: tuple[Declared, ...] = ()
 def audit(
     progress: Progress, targets: Names = TARGETS, dtypes: Names = tuple(DTYPES), widths: tuple[int, ...] = WIDTHS
 ) -> pd.DataFrame:
-    """A line for each launch of cases.py, target, dtype and width that is compiled: all that differ in what they cost."""
-    # The longest come first.
-    asked = [(target, dtype, 0) for target in targets for dtype in dtypes if is_first(target, dtype, ("float16", "tf32"))]
-    asked += [each for each in itertools.product(targets, dtypes, widths) if each[1] == FIRST[1] or each[2] in FEW]
+    """A line for each launch of cases.py, target, dtype and width that is compiled."""
+    others = [*(name for name in cases.CASES if name not in cases.IN_A_STEP), DRAWS]
+    asked: list[Part] = []
+    for target, dtype in itertools.product(targets, dtypes):
+        whole, first = dtype == FIRST[1], target == FIRST[0]
+        # Other losses in one dtype, and on one target in those that have code of their own.
+        if whole or (first and dtype in OWN_CODE):
+            asked += [(target, dtype, cases.D, name) for name in others if name != DRAWS or (whole and first)]
+        for d in widths:
+            if whole or d in FEW:
+                names = cases.IN_A_STEP if d == cases.D or (whole and first) else ("",)
+                asked += [(target, dtype, d, name) for name in names]
+    asked.sort(key=lambda part: not part[3].endswith(("sgd", "adamw")))  # the longest come first
     return pd.DataFrame(list(itertools.chain.from_iterable(in_processes(lines, asked, progress))))
 
 
-def is_first(target: str, dtype: str, more: Names = ()) -> bool:
-    """Whether everything is compiled in this dtype for this target: on sm_90 in `more` of them, elsewhere in one."""
-    return dtype == FIRST[1] or (target == FIRST[0] and dtype in more)
-
-
-def lines(part: tuple[str, str, int]) -> list[dict[str, Any]]:
-    """Of a target, a dtype and a width: the kernels of a step; of width 0: those of all other losses."""
-    target, dtype, d = part
-    names = [name for name in cases.CASES if name not in cases.IN_A_STEP]
-    if d:
-        names = [*cases.IN_A_STEP] if d == cases.D or part[:2] == FIRST else [""]
+def lines(part: Part) -> list[dict[str, Any]]:
+    """Of a target, a dtype, a width and a case of cases.py: its kernels."""
+    target, dtype, d, name = part
     with cases.on(GPUS[target]):
-        launches = cases.launches(names, dtype, d=d or cases.D)
-    if not d and part[:2] == FIRST:
-        launches |= cases.draws()
-    size = {"target": target, "dtype": dtype, "D": d or cases.D, "N": cases.N}
-    return [size | line(name, compiled) for name, compiled in compiled_on(GPUS[target], launches).items()]
+        launches = cases.draws() if name == DRAWS else cases.launches([name], dtype, d=d)
+    size = {"target": target, "dtype": dtype, "D": d, "N": cases.N}
+    return [size | line(case, compiled) for case, compiled in compiled_on(GPUS[target], launches).items()]
 
 
 def line(case: str, compiled: Compiled) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def declared(line: Any, budget: str) -> str | None:
 def write(frame: pd.DataFrame, out: Path) -> Path:
     """kernels.csv and kernels.md."""
     out.mkdir(parents=True, exist_ok=True)
+    frame = frame.sort_values(["target", "dtype", "D"], kind="stable")
     frame.to_csv(out / "kernels.csv", index=False)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == cases.D)]
     shown = shown.drop(columns=["dtype", "D", "N", "kernel"])

@@ -108,7 +108,7 @@ def on(gpu: Gpu) -> Iterator[None]:
     """Losses are planned as on this GPU."""
     with contextlib.ExitStack() as patches:
         for module in (plans, precision):
-            patches.enter_context(mock.patch.object(module, "device_of", lambda _: device_of(gpu)))
+            patches.enter_context(mock.patch.object(module, "device_of", return_value=device_of(gpu)))
         yield
 
 
@@ -116,7 +116,7 @@ def on(gpu: Gpu) -> Iterator[None]:
 def with_tile(tile: Tiles, gpu: Gpu) -> Iterator[None]:
     """The kernels take this tile instead of the table's; its programs are those of a processor, as in the table."""
     taken, fresh = tile._replace(programs=tile.programs * gpu.processors), plans.make_plan.__wrapped__
-    with mock.patch.object(plans, "pick_tiles", lambda *_: taken), mock.patch.object(plans, "make_plan", fresh):
+    with mock.patch.object(plans, "pick_tiles", return_value=taken), mock.patch.object(plans, "make_plan", fresh):
         yield
 
 

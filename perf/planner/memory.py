@@ -90,13 +90,12 @@ def memory(head: Head, chunk: int) -> Memory:
     rows, tile = chunk * head.dim, chunk * head.samples
 
     # The end of the class pass in forward, when the targets' rows are gathered and the chunk's buffers are still there.
-    buffers = (rows + tile) * head.compute_item + 3 * 4 * chunk + 4 * rows * low
-    copy = rows * head.weight_item if sampled else 0  # of a sample's rows, inside a chunk
-    copies = 2 * copy if head.active > chunk else copy  # while one chunk follows another
+    buffers = (rows + tile) * head.compute_item + 4 * chunk + 4 * rows * low
+    copy = rows * head.weight_item if sampled else 0  # of a sample's rows, until they are normalised
     # x and its copy in float32, all ranks' rows and those of their targets, some 30 vectors, the sample's numbers
     lasting = 2 * (own + everyone) + 30 * 4 * head.samples + 8 * head.active * sampled
     scaled = everyone * head.compute_item // 4  # x log2(e); and the product of the targets' rows and x
-    forward = ("forward", 0, buffers + 4 * tile * low + copies, lasting + scaled + everyone)
+    forward = ("forward", 0, buffers + 4 * tile * low + copy, lasting + scaled + everyone)
 
     # The class pass of backward, with the gradient.
     direct = head.compute_item == head.weight_item == 4 and not in_backward and (sparse or not sampled)
@@ -105,7 +104,7 @@ def memory(head: Head, chunk: int) -> Memory:
     targets = own * chunk // max(head.active, 1)  # gradients of the targets in a chunk
     # x times its factor; dX and the targets' gradient
     batch = lasting + 2 * scaled + 2 * everyone + targets
-    backward = ("backward", gradient_bytes(head), buffers + product + max(copies, copy + finishing), batch)
+    backward = ("backward", gradient_bytes(head), buffers + product + max(copy, finishing), batch)
     return around(head, forward, backward)
 
 
