@@ -89,10 +89,10 @@ def step(dtype: str, other_rows: bool = False) -> list[Kernel]:
         Kernel("rows", lambda s: 2 * (s.x + s.n * s.d * s.item) + 28 * s.n),
         Kernel("classes", lambda s: s.rows * (1 + other_rows) + 4 * s.c),
         *logits,
-        Kernel("reduce", lambda s: operands(s) + 2 * s.per_slot + s.per_block, rate),
+        Kernel("reduce", lambda s: operands(s) + 2 * s.per_slot + (not other_rows) * s.per_block, rate),
         Kernel("loss", lambda s: s.per_slot + 32 * s.n),
         Kernel("sum", lambda s: 8 * s.n),
-        Kernel("weigh", lambda s: operands(s) + s.tile + 3 * s.per_slot + 2 * s.per_block, rate),
+        Kernel("weigh", lambda s: operands(s) + s.tile + 3 * s.per_slot + (2 - other_rows) * s.per_block, rate),
         Kernel("dX", lambda s: s.tile + s.rows + 4 * s.n * s.d, "dx"),
         *dw,
         # W and its gradient; each sample's x; sums per class once for every part of D.
