@@ -1,4 +1,4 @@
-"""The setting that torch's products follow while float16 is multiplied: torch has one for all threads."""
+"""How float32 is multiplied: one answer for a whole class pass, while torch has one setting for all threads."""
 
 from __future__ import annotations
 
@@ -9,96 +9,64 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritonmargin.backends import precision as products
+from tritonmargin.backends.precision import as_operand, multiplying, precision
 
-ON_GPU = SimpleNamespace(is_cuda=True)
-ON_CPU = SimpleNamespace(is_cuda=False)
 SETTING = torch.backends.cuda.matmul
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    target = ["sm_90"]
-    monkeypatch.setattr(products, "device_of", lambda x: SimpleNamespace(target=target[0]))
+def unchanged() -> Iterator[None]:
     before = SETTING.fp32_precision
-    yield target
+    yield
     SETTING.fp32_precision = before
-
-
-def now() -> tuple[str, str]:
-    """What torch's products follow, and what the kernels'."""
-    return SETTING.fp32_precision, products.precision(torch.float32, "sm_90")
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_float16_is_multiplied_as_tf32_and_the_setting_comes_back(before: str) -> None:
+@pytest.mark.parametrize("asked", ["ieee", "tf32"])
+def test_products_are_made_as_asked_and_the_setting_comes_back(before: str, asked: str) -> None:
     SETTING.fp32_precision = before
-    outside = now()
-    with products.products(torch.float16, ON_GPU, True):
-        assert now() == ("tf32", "tf32")
-    assert now() == outside
-    with pytest.raises(ZeroDivisionError), products.products(torch.float16, ON_GPU, True):
+    with multiplying(asked):
+        assert (SETTING.fp32_precision == "tf32") == (asked == "tf32")
+    assert SETTING.fp32_precision == before
+    with pytest.raises(ZeroDivisionError), multiplying(asked):
         raise ZeroDivisionError
-    assert now() == outside
+    assert SETTING.fp32_precision == before
 
 
-def test_other_passes_and_machines_leave_it_alone(gpu: list[str]) -> None:
+def test_another_thread_sees_what_the_user_set() -> None:
+    """Not what a class pass has set for the moment: it would take it for its own whole pass."""
     SETTING.fp32_precision = "ieee"
-    for dtype, x in ((torch.float32, ON_GPU), (torch.bfloat16, ON_GPU), (torch.float16, ON_CPU)):
-        with products.products(dtype, x, True):
-            assert now() == ("ieee", "ieee")
-    with products.products(torch.float16, ON_GPU, False):  # not by the kernels
-        assert now() == ("ieee", "ieee")
-    gpu[0] = "gfx90a"
-    with products.products(torch.float16, ON_GPU, True):
-        assert now() == ("ieee", "ieee")
-    gpu[0] = "gfx942"
-    with products.products(torch.float16, ON_GPU, True):
-        assert now() == ("tf32", "tf32")
+    inside, seen = threading.Event(), []
+
+    def ask() -> None:
+        inside.wait()
+        seen.append(precision(torch.float32, "sm_90"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with multiplying("tf32"):
+        inside.set()
+        thread.join(0.2)  # it waits for the lock
+        assert not seen
+    thread.join()
+    assert seen == ["ieee"]
 
 
-def test_a_pass_keeps_its_precision_whatever_is_set_meanwhile() -> None:
-    SETTING.fp32_precision = "tf32"
-    with products.products(torch.float32, ON_GPU, True):
-        SETTING.fp32_precision = "ieee"
-        assert now() == ("ieee", "tf32")
-        with products.products(torch.float32, ON_GPU, True):
-            assert now() == ("ieee", "ieee")
-        assert now() == ("ieee", "tf32")
-    assert now() == ("ieee", "ieee")
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_torchs_setting_is_followed_by_gpus_that_have_tf32(setting: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        expected = "ieee" if setting == "highest" else "tf32"
+        assert precision(torch.float32, "gfx942") == precision(torch.float32, "sm_80") == expected
+        assert precision(torch.float32, "gfx90a") == precision(torch.bfloat16, "sm_90") == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def test_the_last_of_several_threads_puts_the_setting_back() -> None:
-    """The first to leave takes nothing from the others, and a float32 walk beside them keeps its own."""
-    SETTING.fp32_precision = "ieee"
-    begun, done = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
-    seen: dict[str, list[tuple[str, str]]] = {"float16": [], "float32": []}
-
-    def half() -> None:
-        with products.products(torch.float16, ON_GPU, True):
-            begun.wait()
-            done.wait()
-            seen["float16"].append(now())
-
-    def single() -> None:
-        with products.products(torch.float32, ON_GPU, True):
-            begun.wait()
-            seen["float32"].append(now())
-            done.wait()
-
-    threads = [threading.Thread(target=each) for each in (half, single)]
-    with products.products(torch.float16, ON_GPU, True):
-        for thread in threads:
-            thread.start()
-        begun.wait()
-    done.wait()
-    for thread in threads:
-        thread.join()
-    assert seen == {"float16": [("tf32", "tf32")], "float32": [("tf32", "ieee")]}
-    assert now() == ("ieee", "ieee")
-
-
-def test_operands() -> None:
-    assert products.operands(torch.float16) == torch.float32
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert products.operands(dtype) == dtype
+def test_operands_are_rounded_to_tf32_where_they_would_be_cut_off() -> None:
+    values = 1.0 + torch.arange(3) * 2.0**-11 * 0.75
+    assert as_operand(values, torch.float32, "tf32") is values  # on a CPU nothing is cut off
+    on_gpu = SimpleNamespace(is_cuda=True, to=lambda dtype: on_gpu, contiguous=lambda: values, view=values.view)
+    assert as_operand(on_gpu, torch.float32, "tf32").tolist() == [1.0, 1.0, 1.0 + 2.0**-10]
+    assert as_operand(on_gpu, torch.float32, "ieee") is on_gpu

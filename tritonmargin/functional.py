@@ -26,6 +26,7 @@ def margin_cross_entropy(
     sparse_grad: bool = False,
     retain_bytes: int = 0,
     chunk_bytes: int | None = None,
+    memory_budget: int | None = None,
     return_stats: bool = False,
     logq_correction: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -62,8 +63,11 @@ def margin_cross_entropy(
         sparse_grad: the gradient of weight is a sparse COO tensor of the active rows only.
         retain_bytes: keep up to so many bytes of logits from forward to backward, which then need not be recomputed;
             whole chunks of them.
-        chunk_bytes: how much memory a chunk of classes may take; default: a third of the last-level cache on a CPU; on
-            a GPU that of a quarter of the classes, between 64 and 512 MB and at most a 128th of the GPU's.
+        memory_budget: bytes that a step may take beside inputs, gradients and [N, D] numbers: for the gradient of a
+            chunk's logits, and for copies of class rows that are kept for backward where the products cannot take W as
+            it is. Default: a 64th of the GPU's memory. On a CPU it is the size of a chunk; default: a third of the
+            last-level cache. More is fewer and larger products; it never changes the accuracy.
+        chunk_bytes: the size of a chunk of classes by itself, in bytes.
         return_stats: also return `Stats`, from the same pass.
         logq_correction: class_ids are a uniform sample of S classes that holds the P distinct targets: adds
             log((C - P)/(S - P)) to the logits of the active classes that are nobody's target, so that the sum of
@@ -81,6 +85,7 @@ def margin_cross_entropy(
     options = LossOptions(
         ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, objective=objective,
         sub_centers=sub_centers, sparse_grad=sparse_grad, retain_bytes=retain_bytes, chunk_bytes=chunk_bytes,
+        memory_budget=memory_budget,
         return_stats=return_stats, logq_correction=logq_correction,
     )  # fmt: skip
     return compute_loss(inputs, margin, options)

@@ -57,7 +57,7 @@ class MarginSoftmaxLoss(nn.Module):
         bias: whether logits have a bias. Its gradient is dense, and an optimizer's momentum and decay move all of it.
         sparse_grad: the gradient of `weight` is sparse, with the active rows only.
         retain_bytes: bytes of logits that may be kept from forward to backward (faster, more memory).
-        chunk_bytes: how much memory a chunk of classes may take, see `tm.margin_cross_entropy`.
+        chunk_bytes, memory_budget: memory of a chunk and of a step in bytes, see `tm.margin_cross_entropy`.
         process_group: a `torch.distributed` process group to shard the classes over.
         gradient_for: "ddp", the default under a process group: the gradient of embeddings is the number of ranks
             times that of the loss, since DistributedDataParallel and FSDP divide a backbone's gradients by it. "sum":
@@ -94,6 +94,7 @@ class MarginSoftmaxLoss(nn.Module):
         sparse_grad: bool = False,
         retain_bytes: int = 0,
         chunk_bytes: int | None = None,
+        memory_budget: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         gradient_for: str = "ddp",
         on_nonfinite: str | None = None,
@@ -123,6 +124,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.sparse_grad = sparse_grad
             self.retain_bytes = retain_bytes
             self.chunk_bytes = chunk_bytes
+            self.memory_budget = memory_budget
             self.on_nonfinite = on_nonfinite
             self.ignore_index = ignore_index
             self.label_smoothing = label_smoothing
@@ -205,6 +207,7 @@ class MarginSoftmaxLoss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "sample_rate" in state:  # pickled when it was a plain attribute
             state["_sample_rate"] = state.pop("sample_rate")
+        state.setdefault("memory_budget", None)  # pickled before there was one
         super().__setstate__(state)
         if "lookout" not in state:
             self.lookout = Lookout(None if self.shard is None else self.shard.group)
@@ -244,7 +247,8 @@ class MarginSoftmaxLoss(nn.Module):
         return LossOptions(
             ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, reduction=self.reduction,
             objective=self.objective, sparse_grad=self.sparse_grad, retain_bytes=self.retain_bytes,
-            chunk_bytes=self.chunk_bytes, return_stats=return_stats, logq_correction=logq_correction,
+            chunk_bytes=self.chunk_bytes, memory_budget=self.memory_budget, return_stats=return_stats,
+            logq_correction=logq_correction,
         )  # fmt: skip
 
     def check_apart(self) -> None:
@@ -366,6 +370,7 @@ class MarginSoftmaxLoss(nn.Module):
             "sparse_grad": (self.sparse_grad, False),
             "retain_bytes": (self.retain_bytes, 0),
             "chunk_bytes": (self.chunk_bytes, None),
+            "memory_budget": (self.memory_budget, None),
             "on_nonfinite": (self.on_nonfinite, None),
         }
 

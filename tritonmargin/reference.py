@@ -1,9 +1,10 @@
 """Every loss again, the slow obvious way: with the full N x C logits and ordinary autograd. The oracle of the tests.
 
 Nothing here is shared with the class pass or with the margins' own formulas: each margin of `MARGINS` has its target
-cosine written a second time below. It computes in float64 if embeddings or weight are float64, else in float32: float16 and
-bfloat16 inputs are upcast first and autocast is off, so a result is as exact as the inputs as given allow, and not what
-plain PyTorch would compute in the low precision. Arguments are those of `tm.margin_cross_entropy` and are not checked.
+cosine written a second time below. It computes in float64 if embeddings or weight are float64, else in float32: float16
+and bfloat16 inputs are upcast first and autocast is off, so a result is as exact as the inputs as given allow, and not
+what plain PyTorch would compute in the low precision. Arguments are those of `tm.margin_cross_entropy` and are not
+checked.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmargin.backends.precision import as_operand, products
 from tritonmargin.backends.torch_ops import (
     RowGrads,
     Rows,
@@ -55,7 +54,7 @@ def run_backward(
 ) -> InputGrads:
     """See `backends.types.Backend.backward`."""
     x, stored, wanted = inputs.x, Saved(*saved[: len(Saved._fields)]), Needs(*needs)
-    with torch.autocast(x.device.type, enabled=False), products(spec.dtype, x, False):
+    with torch.autocast(x.device.type, enabled=False):
         chunks = Chunks(inputs, spec)
         rows = row_grads(inputs, stored, grads, spec) if wanted.weight else RowGrads([])
         # Before an update changes the rows.
@@ -120,7 +119,7 @@ def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads
     """P_ij = exp(z_ij), for logits that have a bound; in units of log 2."""
     added = [each.grad for each in rows.unit] + ([] if rows.mean is None else [rows.mean])
     outer, inner, undo = split_factor(g, total, added)
-    left = as_operand(x * inner[:, None], chunks.dtype)
+    left = chunks.operand(x * inner[:, None])
     return Dense(g, lambda z, _: z.exp2_(), left, chunks.tile_buffer, outer, undo, retained_is_p=True)
 
 
@@ -130,7 +129,7 @@ def softmax_part(g: Tensor, rest: Tensor, chunks: Chunks, x: Tensor) -> Dense:
     def fill(z: Tensor, scratch: Tensor) -> Tensor:
         return exp_(torch.sub(widened(z, scratch), rest, out=scratch))
 
-    return Dense(g, fill, as_operand(x * g[:, None], chunks.dtype), chunks.scratch(separate=False))
+    return Dense(g, fill, chunks.operand(x * g[:, None]), chunks.scratch(separate=False))
 
 
 def hinge_part(g: Tensor, threshold: Tensor, chunks: Chunks, x: Tensor) -> Dense:
@@ -140,7 +139,7 @@ def hinge_part(g: Tensor, threshold: Tensor, chunks: Chunks, x: Tensor) -> Dense
     def fill(z: Tensor, scratch: Tensor) -> Tensor:
         return hinge_slope(widened(z, scratch), threshold, scratch)
 
-    return Dense(g, fill, as_operand(x * g[:, None], chunks.dtype), chunks.scratch(separate=False))
+    return Dense(g, fill, chunks.operand(x * g[:, None]), chunks.scratch(separate=False))
 
 
 def dlogits(

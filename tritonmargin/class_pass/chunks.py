@@ -55,14 +55,18 @@ class Chunks:
         self.n, self.d = x.shape
         self.classes = len(self.weight) if self.class_ids is None else len(self.class_ids)
         self.size = chunk_classes(self.n, self.d, self.classes, spec.chunk_bytes)
-        self.dtype, self.acc = operands(spec.dtype), x.dtype
-        self.x = as_operand(x * math.log2(math.e) if self.bounded else x, self.dtype)
+        self.dtype, self.acc, self.precision = operands(spec.dtype), x.dtype, spec.precision
+        self.x = self.operand(x * math.log2(math.e) if self.bounded else x)
         self.bias, self.offset = inputs.bias, self.in_units_of_the_tile(inputs.offset)
         self.rows_buffer = self.x.new_empty(self.size, self.d)
         # Rows in the precision of sums, where the rows of the products are not.
         same = self.dtype == self.acc or not self.unit
         self.wide_buffer = self.rows_buffer if same else self.rows_buffer.to(self.acc)
         self.tile_buffer = new_tile(self.x, self.size, self.dtype)
+
+    def operand(self, values: Tensor) -> Tensor:
+        """The numbers as the products of this pass take them."""
+        return as_operand(values, self.dtype, self.precision)
 
     def scratch(self, separate: bool) -> Tensor:
         """A tile in the precision of sums: the tile itself where it has it and may be overwritten."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonmargin.backends.precision import operands, products
+from tritonmargin.backends.precision import operands
 from tritonmargin.backends.torch_ops import Running, new_tile, reduce_logits
 from tritonmargin.class_pass.chunks import Chunks, chunk_classes, fitting_classes, retained_classes
 from tritonmargin.class_pass.exp_range import finite
@@ -31,7 +31,7 @@ class Saved(NamedTuple):
 
 def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
     x = inputs.x
-    with torch.autocast(x.device.type, enabled=False), products(spec.dtype, x, False):
+    with torch.autocast(x.device.type, enabled=False):
         chunks = Chunks(inputs, spec)
         run = running(inputs, spec, chunks)
         count = retained_classes(chunks.n, chunks.classes, chunks.size, chunks.dtype.itemsize, spec.retain_bytes)

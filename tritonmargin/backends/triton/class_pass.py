@@ -12,15 +12,14 @@ backward   weigh_kernel    P = dL/dz, and sums over samples                     
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tritonmargin.backends.precision import multiplying
 from tritonmargin.backends.triton import row_kernels as rows_of
 from tritonmargin.backends.triton.finish_kernel import finish_kernel
 from tritonmargin.backends.triton.launch import blocks, call
@@ -385,7 +384,7 @@ def finish(
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, precision: str) -> None:
     """out = a b for float32, as TF32 or as it is."""
-    with as_precise(precision):
+    with multiplying(precision):
         torch.mm(a, b, out=out)
 
 
@@ -393,7 +392,7 @@ def add_product(out: Tensor, p: Tensor, rows: Tensor, first: bool, precision: st
     """out (+)= p^T rows, summed in float32."""
     a = p.t()
     if p.dtype == torch.float32:
-        with as_precise(precision):
+        with multiplying(precision):
             torch.addmm(out, a, rows, beta=0 if first else 1, out=out)
     elif wide_products(p.device):
         torch.addmm(out, a, rows, beta=0 if first else 1, out_dtype=torch.float32, out=out)
@@ -410,18 +409,3 @@ def wide_products(device: torch.device) -> bool:
         return True
     except (RuntimeError, TypeError):
         return False
-
-
-@contextlib.contextmanager
-def as_precise(precision: str) -> Iterator[None]:
-    """torch's float32 products inside are made as this pass makes its own, whatever torch is set to meanwhile."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    if before == precision or (precision == "ieee" and before != "tf32"):
-        yield
-        return
-    setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
