@@ -266,7 +266,7 @@ def check(
         counts.write(found)
         console.print(f"wrote {counts.PATH.name}")
         return
-    grown = counts.grown(counts.committed(), found)
+    grown = counts.grown(counts.committed(), found) + counts.over(found)
     for line in grown:
         console.print(f"[red]{line}")
     console.print(f"{len(found)} steps counted: {'more work than before' if grown else 'no more work than before'}")
@@ -334,7 +334,10 @@ def model() -> None:
     from perf.kernels import model as kernel_model
 
     with usage():
-        boxed(kernel_model.table().round(3), "predicted from bytes, flops and measured rates; measured on the H200")
+        boxed(
+            kernel_model.table().round(3),
+            "D=512, H200: predicted by bytes, flops and rates; measured before, of other kernels",
+        )
 
 
 @app.command()

@@ -4,7 +4,7 @@ Steps one after another, each a process with a time limit, its output in DIR/NAM
 DIR/gate.json. A step that fails is a line too, and the rest goes on. Called again, the gate keeps what is done.
 
     accuracy      loss and gradients versus float64, beside plain torch in the same dtype (errors.csv)
-    kernel tests  tests/test_kernels.py on this GPU
+    kernel tests  tests/kernels on this GPU
     run           `python -m perf run --plan gpu`: results.csv and the page; it goes on where it was
     audit         registers, spills and shared memory of the kernels for this GPU, at one width (kernels.csv)
     loss tests    the losses' own tests on this GPU, in the time that is left
@@ -48,9 +48,9 @@ class Step(NamedTuple):
 
 
 def steps(out: Path, dry: bool) -> list[Step]:
-    few = ("tests/test_kernels.py", "-k", "ties or descriptors_only or not_a_number")
+    few = ("tests/kernels", "-k", "few_launches or grids_and_loads")
     fewer = ("tests/test_failures.py", "-k", "first_chunk_that_holds and softmax")
-    kernels = ("tests/test_kernels.py", "-m", "not slow", *side_by_side())
+    kernels = ("tests/kernels", "-m", "not slow", *side_by_side())
     losses = (*(f"tests/test_{name}.py" for name in LOSSES), "-m", "not slow", *side_by_side())
     machine = {"TRITONMARGIN_TESTS": "ttsem-90" if dry else "cuda"}
     tiny = ("--classes", "300", "--dim", "16", "--batch", "8", "--providers", "ours,plain,ours-sampled")

@@ -13,9 +13,10 @@ from perf_cases import ROOT
 from typer.testing import CliRunner
 
 import tritonmargin as tm
-from perf import cli
+from perf import cli, providers
 from perf.suite import results
 
+pd = pytest.importorskip("pandas")
 pytestmark = cpu_only
 
 
@@ -25,14 +26,11 @@ def call(*words: str, code: int = 0) -> str:
     return done.output
 
 
-def test_the_version_is_printed() -> None:
-    assert f"tritonmargin {tm.__version__}" in call("--version")
-
-
 @pytest.mark.parametrize(("words", "said"), [
     ("run --plan nope", "'nope' is not among"), ("run --classes many", "'many' is no whole number"),
     ("run --losses arc", "losses are among"), ("run --providers nobody", "no provider 'nobody'"),
-    ("run --providers liger", "liger"), ("run --provider missing.py:Head", "missing.py"),
+    ("run --providers liger", "not arcface: use --losses softmax"), ("run --provider missing.py:Head", "missing.py"),
+    ("run --dtype fp64", "not float64: use --dtype float32"), ("run --dtype tf32", "need a GPU, --device cuda"),
     ("run --device cuda", "no GPU"), ("report nowhere", "no results.csv in nowhere"),
     ("compare nowhere nowhere", "no results.csv in nowhere"), ("audit --target sm_1", "'sm_1' is not among"),
     ("plan --optimizer lion", "lion"), ("gate --out gate", "GPU"), ("nonsense", "nonsense"),
@@ -48,10 +46,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, said: str, monkeypatc
     assert said in lines[0]
 
 
-@pytest.mark.parametrize(
-    ("words", "name"),
-    [([], "default"), (["--quick"], "quick"), (["--losses", "cosface"], "grid"), (["--plan", "gpu"], "")],
-)
+@pytest.mark.parametrize(("file", "column", "value", "said"), [
+    ("samples.csv.gz", "round", None, "lacks the columns round; delete it"),
+    ("samples.csv.gz", "seconds", "fast", "has words in seconds, a column of numbers; delete it"),
+    ("results.csv", "x_gemm", None, "lacks the columns x_gemm"), ("results.csv", "C", "many", "has words in C"),
+])  # fmt: skip
+def test_a_damaged_table(file: str, column: str, value: Any, said: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    results.save(tmp_path, results.load(ROOT / "reports/cpu"))
+    frame = pd.read_csv(tmp_path / file)
+    frame = frame.assign(**{column: value}) if value else frame.drop(columns=column)
+    frame.to_csv(tmp_path / file, index=False)
+    words = f"compare {ROOT}/reports/cpu {tmp_path}", f"{tmp_path} is damaged: {file} {said}"
+    test_a_mistake_is_one_line_and_exit_code_2(*words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    ([], "default"), (["--quick"], "quick"), (["--losses", "cosface"], "grid"), (["--plan", "gpu"], ""),
+])  # fmt: skip
 def test_results_go_to_a_folder_that_is_not_committed(words: list[str], name: str, monkeypatch: Any) -> None:
     """A loss alone is a grid: sizes and providers have defaults. The plan for GPUs is refused without one."""
     asked = []
@@ -66,23 +77,19 @@ def test_results_go_to_a_folder_that_is_not_committed(words: list[str], name: st
     assert not tracked.stdout
 
 
-def test_a_run_of_one_loss_has_a_page_and_equals_itself(tmp_path: Path) -> None:
-    grid = (
-        "--tiny",
-        "--classes",
-        "300",
-        "--dim",
-        "8",
-        "--batch",
-        "4",
-        "--losses",
-        "cosface",
-        "--providers",
-        "ours,plain",
-    )
-    call("run", *grid, "--out", str(tmp_path), "--provider", f"{ROOT}/examples/my_head.py:MyHead")
-    rows = results.load(tmp_path).rows
-    assert set(rows["provider"]) == {"ours", "plain", "my-head"}
-    assert set(rows["wrong"]) == {""}
+def test_a_run_has_a_page_equals_itself_and_measures_an_edited_head_again(tmp_path: Path, monkeypatch: Any) -> None:
+    grid = f"--tiny --classes 300 --dim 8 --batch 4 --losses cosface --providers ours,plain --out {tmp_path} --provider"
+    kinds, head = dict(providers.discover().providers), tmp_path / "head.py"
+    head.write_text((ROOT / "examples/my_head.py").read_text())
+    assert f"tritonmargin {tm.__version__}" in call("--version")
+    for number in "122":  # the third time nothing is left to do
+        found = providers.Found(dict(kinds), {})  # as in a process of its own
+        monkeypatch.setattr(providers, "SOURCES", {})
+        monkeypatch.setattr(providers, "discover", lambda found=found: found)
+        call("run", *grid.split(), f"{head}:MyHead")
+        rows = results.load(tmp_path).rows.groupby("provider")
+        assert {name: {*part["run"]} for name, part in rows} == {"ours": {"1"}, "plain": {"1"}, "my-head": {number}}
+        assert {name for name, part in rows if any(part["wrong"])} == ({"my-head"} if number == "2" else set())
+        head.write_text(head.read_text().replace("0.4 *", "0.5 *"))
     call("report", str(tmp_path))
     assert "no more" not in call("compare", str(tmp_path), str(tmp_path))

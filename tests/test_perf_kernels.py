@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -22,67 +21,72 @@ from perf.kernels import audit, cases, model, tune
 from perf.kernels.compile import Compiled, compiling_for
 from perf.kernels.gpus import GPUS
 from perf.kernels.ttsem import played
-from perf.suite.problem import matmul_precision
 from tritonmargin.kernels import tiles
 
 pd = pytest.importorskip("pandas")
 
 HERE = lambda work, asked, progress: [work(each) for each in asked]  # noqa: E731  in this process
 COUNTED = ("bfloat16", "tf32", "float32")
+SOME = ("", "sgd", "adamw", "label smoothing", "a sample, W in float32", "hinge, bias, statistics")
 pytestmark = cpu_only
 once = pytest.mark.xdist_group("audit")  # what is compiled is for one worker
 
 
 @pytest.fixture(scope="module")
 def audited() -> pd.DataFrame:
-    """Two targets in one width, and whatever else H100 may launch."""
-    parts = ("gfx942", "bfloat16", 512), ("sm_90", "bfloat16", 512), ("sm_90", "bfloat16", 0)
+    """A step and some other losses of H100, a step of an AMD card."""
+    parts = [("sm_90", "bfloat16", 512, name) for name in (*SOME, audit.DRAWS)]
+    parts += [("sm_90", "float16", 512, name) for name in cases.IN_A_STEP] + [("gfx942", "bfloat16", 512, "")]
     return pd.DataFrame([line for part in parts for line in audit.lines(part)])
 
 
 @once
 def test_kernels_are_audited(audited: pd.DataFrame) -> None:
     """Matrix instructions where there are products, an exp for every logit, registers and blocks that fit."""
-    assert (audited.groupby("target").size() == pd.Series({"gfx942": 6, "sm_90": 6 + 33})).all()
+    amd, low = audited["target"] == "gfx942", audited["dtype"] == "bfloat16"
+    step = set(cases.STEP) - {"extremes", "half"}
+    assert set(audited[amd]["case"]) == step
+    assert set(audited[~low]["case"]) == {*cases.STEP, cases.SGD, cases.ADAMW}
     tiled = audited[audited["case"].isin(cases.TILED)]
     assert set(tiled["matrix_kind"]) == {"HGMMA", "mfma"}
     assert set(tiled[tiled["target"] == "sm_90"]["loads_ahead"]) == {"UTMALDG"}
     for line in tiled.itertuples():
-        (n, c, _), gpu = map(int, line.block.split("x")), GPUS[line.target]
+        (m, n, _), gpu = map(int, line.block.split("x")), GPUS[line.target]
         threads = line.warps * gpu.lanes
-        assert line.exp2 % (n * c // threads) == 0 < line.exp2  # some compilers write the last round out a second time
+        assert line.exp2 % (m * n // threads) == 0 < line.exp2  # some compilers write the last round out a second time
         assert line.blocks * line.registers * threads <= gpu.registers
         assert line.blocks * line.shared_memory <= gpu.shared_total
-    assert set(audited[audited["kernel"] != "tile_kernel"]["matrix_kind"]) == {""}
-    finish = audited[audited["target"] == "sm_90"].set_index("case")["instructions"]
-    assert finish["prepare_rows"] < finish["finish_rows"] < finish[cases.SGD] < finish[cases.ADAMW]
+    products = audited["kernel"].isin(["reduce_kernel", "weigh_kernel", "finish_kernel"])
+    assert set(audited[~products]["matrix_kind"]) == {""}
+    finish = audited[low & ~amd].set_index("case")["instructions"]
+    assert finish["finish"] < finish[cases.SGD] < finish[cases.ADAMW]
+    draws = audited[audited["case"].str.startswith("draw: ")].set_index("kernel")["block"].to_dict()
+    assert draws == {"candidates_kernel": "512", "ranks_kernel": "128", "replace_kernel": "128"}
+    # On H100 no spill, and two programs to a processor; registers differ between versions of Triton.
+    found = audited[low & ~amd & products].set_index("case")
+    assert (found["spills"] <= [audit.ADAMW_SPILLS * (case == cases.ADAMW) for case in found.index]).all()
+    assert (found["blocks"] >= 2).all()
+    assert (found["registers"] <= 128).all()
 
 
 @once
-def test_every_epilogue_is_compiled_with_hardly_a_spill_and_two_to_a_processor(audited: pd.DataFrame) -> None:
-    """The numbers of registers are the compiler's, and differ between versions of Triton."""
-    found = audited[audited["target"] == "sm_90"].set_index("case")
-    keeping = found.index.str.contains(cases.KEEPING)  # they store logits for backward
-    assert (found["spills"][~keeping] <= audit.TOLERATED).all(), found.to_string()
-    # The limit of registers lets two in; what does not do with it has none, see tiles.json and `launch`.
-    assert set(found.index[found["blocks"] < 2]) == {*found.index[keeping], cases.HINGE_GRADIENT}
-
-
-@once
-def test_budgets_fail_on_what_is_not_declared(audited: pd.DataFrame, tmp_path: Path) -> None:
+def test_budgets_fail_on_what_is_not_declared(
+    audited: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert set(audit.budgets(audited)["met"]) <= {"yes", "no, as declared"}
-    few, more = audit.TOLERATED, audit.TOLERATED + 8
+    spill, few, units = audit.NO_SPILL, audit.FEW_SPILLS, audit.MATRIX_UNITS
+    why = audit.Declared("sm_90", spill, lambda line: line.case == "loss" and line.spills <= 8, "a reason")
+    monkeypatch.setattr(audit, "DECLARED", (why,))
     for case, changes, budget, expected in (
-        ("prepare_rows", {"spills": 8}, audit.NO_SPILL, "NO"),
-        ("weigh_chunk", {"spill_instructions": 1}, audit.NO_SPILL, "NO"),
-        (cases.HEAVIEST, {"spills": few}, audit.NO_SPILL, "no, as declared"),
-        (cases.HEAVIEST, {"spills": more}, audit.NO_SPILL, "NO"),
-        (cases.ONLINE, {"spills": few, "target": "sm_100"}, audit.NO_SPILL, "NO"),
-        ("online", {"blocks": 1}, audit.OVERLAPPED, "NO"),
-        ("reduce_chunk", {"matrix_kind": ""}, audit.MATRIX_UNITS, "NO"),
-    ):
+        ("classes", {"spills": 8}, spill, "NO"), ("weigh", {"spill_instructions": 1}, spill, "NO"),
+        ("loss", {"spills": 8}, spill, "no, as declared"), ("loss", {"spills": 16}, spill, "NO"),
+        ("loss", {"spills": 8, "target": "sm_100"}, spill, "NO"),
+        (cases.ADAMW, {"spills": audit.ADAMW_SPILLS + 8}, few, "NO"), (cases.SGD, {"spills": 8}, spill, "NO"),
+        ("finish", {"blocks": 1}, audit.OVERLAPPED, "NO"), ("reduce", {"matrix_kind": ""}, units, "NO"),
+    ):  # fmt: skip
         worse = audited.copy()
-        worse.loc[worse["case"] == case, list(changes)] = list(changes.values())
+        at = (worse["case"] == case) & (worse["target"] == "sm_90")
+        worse.loc[at, list(changes)] = list(changes.values())
         rules = audit.budgets(worse).set_index("budget")
         assert rules.loc[budget, "met"] == expected, (case, changes)
         assert f"{changes.get('target', 'sm_90')} {case}: bfloat16 D=512" in rules.loc[budget, "where not"]
@@ -91,36 +95,28 @@ def test_budgets_fail_on_what_is_not_declared(audited: pd.DataFrame, tmp_path: P
 
 
 @once
-def test_the_warps_that_blackwell_adds_are_seen() -> None:
-    """They multiply for the others, so a block alone is not a lost one; the exps stay with the warps asked for."""
-    with compiling_for("sm_100") as compiled:
-        cases.step("bfloat16", 1024, 512, 4096)["reduce_chunk"]()
-    found = compiled[0]
-    assert (found.specialised, found.instructions["UTCMMA"] > 0) == (True, True)
-    assert found.instructions["exp2"] * found.options["num_warps"] * 32 == 128 * 128
-
-
 def test_a_spill_is_seen() -> None:
-    free = next(tile for tile in tune.candidates(GPUS["sm_80"], "bfloat16") if tile.block_n * tile.block_c >= 1 << 14)
-    compiled = tune.compile_with(free._replace(registers=64), GPUS["sm_80"], "bfloat16", cases.BETWEEN)
+    free = tiles.pick_tiles("sm_80", torch.bfloat16, 1024, 512, 4096)
+    compiled = tune.compile_with(free._replace(registers=64), GPUS["sm_80"], "bfloat16", ("weigh, bias",))
     assert all(each.spills > 0 and each.instructions["spill"] > 0 for each in compiled)
     assert not any(each.spills for each in tune.compile_with(free, GPUS["sm_80"], "bfloat16"))
 
 
-def executed(dtype: str) -> Iterator[tuple[str, ...]]:
+def executed(dtype: str) -> Iterator[tuple[str, float, float, int, int]]:
     """Bytes and flops of every kernel by formula, and counted while it runs under ttsem as code for sm_90."""
-    n, d, k = 128, 64, 384  # whole tiles, and several of them
-    with played(), matmul_precision(dtype):
-        columns, rows = cases.tile_counts(n, d, k, dtype)
-        size = model.Size(n, d, k, dtype, columns)
-        formulas, launches = {kernel.name: kernel for kernel in model.step(dtype)}, cases.step(dtype, n, d, k)
-        for name in formulas.keys() & launches.keys():
-            with counting() as count:
-                launches[name]()
-            # A product reads x for every column of tiles, and the class rows for every row of them.
-            again = (columns - 1) * size.x + (rows - 1) * size.rows if formulas[name].rate else 0
-            by_formula = formulas[name].bytes(size) + again, formulas[name].flops(size)
-            yield name, dtype, *by_formula, count.loaded + count.stored, count.flops
+    n, d, c = 128, 64, 384  # whole tiles, and several of them
+    with played():
+        size = model.size_of(n, d, c, dtype, GPUS["sm_90"], dtype == "tf32")
+        with cases.on(GPUS["sm_90"]):
+            launches = cases.launches([""], dtype, n, d, c, device="cuda", runs=True)
+        for kernel in model.step(dtype, dtype == "tf32"):
+            if kernel.name in launches:
+                with counting() as count:
+                    launches[kernel.name]()
+                # Where there are several tiles of classes, each of their products reads the samples again.
+                again = (c // 128 - 1) * size.x if kernel.rate else 0
+                moved = count.loaded + count.stored
+                yield kernel.name, kernel.bytes(size) + again, kernel.flops(size), moved, count.flops
 
 
 def test_formulas_are_what_the_kernels_do() -> None:
@@ -129,33 +125,40 @@ def test_formulas_are_what_the_kernels_do() -> None:
     code = "import json, test_perf_kernels as t; print(json.dumps([[*t.executed(each)] for each in t.COUNTED]))"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    found = list(itertools.chain.from_iterable(json.loads(done.stdout.splitlines()[-1])))
-    assert len(found) == 3 * 4
-    for name, dtype, moves, multiplies, moved, multiplied in found:
-        assert moves <= moved <= moves * (1.01 if "finish" in name else 1), (name, dtype)  # which looks rows up
-        assert multiplied == multiplies == (2 * 128 * 64 * 384 if name in cases.TILED and dtype != "float32" else 0)
+    for dtype, found in zip(COUNTED, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert len(found) == 8
+        for name, moves, multiplies, moved, multiplied in found:
+            assert moves <= moved <= 1.05 * moves, (name, dtype)  # labels and numbers per sample that tiles look up
+            ours = dtype != "float32" and (name in cases.TILED or (name == "finish" and dtype == "bfloat16"))
+            assert multiplied == multiplies == (2 * 128 * 64 * 384 if ours else 0), (name, dtype)
 
 
 def test_a_step_is_predicted_beside_what_was_measured() -> None:
     half, whole = (model.predict(1024, 512, c, "bfloat16") for c in (2_000_000, 4_000_000))
     assert whole[model.GRAPH] == pytest.approx(2 * half[model.GRAPH], rel=0.05)
     assert whole[model.STEP] >= whole[model.GRAPH] > whole["dX"] > 0
-    found = model.table().set_index("figure")["ratio"]
-    assert found.index.str.contains(model.GRAPH, regex=False).sum() >= 3
-    assert found.between(0.5, 2.0).all(), found.to_string()
+    # The kernels before these could not have been slower than they were; these have to be as fast as was asked.
+    frame = model.table()
+    before = frame.dropna()
+    assert len(before) == 2 * 5
+    assert (before["predicted_ms"] < before["measured_before_ms"]).all()
+    figures = frame.set_index(["figure", "N", "C", "dtype"])["predicted_ms"]
+    assert figures[model.STEP, 1024, 1_000_000, "bfloat16"] <= 7.6
+    assert figures[model.STEP, 1024, 100_000, "bfloat16"] <= 0.9
+    assert figures[model.SAMPLED, 1024, 100_000, "bfloat16"] <= 0.9
     with pytest.raises(ValueError, match="no rate of tf32"):
         model.predict(1024, 512, 100_000, "tf32")
 
 
 def test_pick_tiles_reads_the_fastest_that_does_not_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that says the time each call is given; on a GPU of sm_103, of which nothing is published here."""
-    some = [tile for tile in tune.candidates(GPUS["sm_100"], "bfloat16") if tile.block_d == 64 and tile.specialised]
+    some = [tile for tile in tune.candidates(GPUS["sm_100"], "bfloat16") if tile.block_d == 64 and tile.descriptors]
     spilling, good, slow = some[0], some[-1], some[-2]
     times = iter((3.0, 2.0, 1.0, *[4.0] * 9))
 
     def compile_with(tile: tiles.Tiles, gpu: object, dtype: str, names: Any = (), d: int = 512) -> list[Compiled]:
-        bad = tile._replace(programs=2) == spilling and (names, d) == ((cases.ONLINE,), 64)
-        return [Compiled("tile_kernel", gpu, {"num_warps": 8}, 99_000, 12, 168, 64 * bad, Counter())]
+        bad = tile._replace(programs=2) == spilling and (names, d) == ((cases.HEAVIEST,), 64)
+        return [Compiled("weigh_kernel", gpu, {"num_warps": 8}, 99_000, 8, 120, 64 * bad, Counter())]
 
     def bench(call: Callable[[], None], **options: Any) -> float:
         with compiling_for("sm_100"):  # as far as a launch goes without a GPU

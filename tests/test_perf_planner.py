@@ -17,19 +17,30 @@ from perf.providers.base import STEP, WHOLE
 
 pd = pytest.importorskip("pandas")
 
-REPORTS = ROOT / "reports"
+REPORTS, BACKWARD = ROOT / "reports", "update in backward"
 HUGE = Head(100_000_000, 512, 512, ranks=64, compute_item=2)
 
 
-@pytest.mark.parametrize(
-    "head",
-    [Head(20_000, 64, 256), Head(20_000, 64, 256, gradient="sparse"),
-     Head(30_000, 64, 32, rate=0.1, gradient="sparse", optimizer="adamw"),
-     Head(20_000, 128, 32, rate=0.5, gradient="backward", optimizer="adamw")],
-    ids=lambda head: f"{head.title}, {head.setting}",
-)  # fmt: skip
+@pytest.mark.parametrize("head", [
+    Head(20_000, 64, 256), Head(20_000, 64, 256, gradient="sparse"),
+    Head(30_000, 64, 32, rate=0.1, gradient="sparse", optimizer="adamw"),
+    Head(20_000, 128, 32, rate=0.5, gradient="backward", optimizer="adamw"),
+], ids=lambda head: f"{head.title}, {head.setting}")  # fmt: skip
 def test_the_formula_is_within_one_percent_of_a_measured_peak(head: Head) -> None:
     assert memory_on(head, None).peak == pytest.approx(check.step_peak(head, None), rel=check.WITHIN)
+
+
+@pytest.mark.parametrize("head", [
+    Head(20_000, 64, 256), Head(20_000, 64, 256, gradient="backward", optimizer="adamw", weight_item=4),
+    Head(20_000, 128, 32, rate=0.1, gradient="backward"), Head(20_000, 128, 256, rate=0.5, gradient="sparse"),
+], ids=lambda head: f"{head.title}, {head.setting}")  # fmt: skip
+@pytest.mark.parametrize("item", [2, 4])
+def test_of_kernels_too(head: Head, item: int) -> None:
+    """The same buffers are made where no launch runs; those that a GPU's products or sorts make are not seen."""
+    head = head._replace(compute_item=item)
+    with step_ops.stubbed(), torch.autocast("cpu", torch.bfloat16, enabled=item == 2):
+        found = check.step_peak(head)
+    assert memory_on(head, "h100").peak == pytest.approx(found, rel=check.WITHIN)
 
 
 @pytest.mark.slow
@@ -53,31 +64,23 @@ def test_the_grid_has_every_setting_and_its_committed_check_holds() -> None:
     assert check.worst(frame) == pytest.approx(0.02)
 
 
-def test_the_draw_of_a_sample_is_counted_by_the_sample() -> None:
-    head = Head(100_000_000, 64, 128, ranks=2, rate=0.1, compute_item=2, gradient="backward", fused=True)
-    assert memory(head, 64)[2:5] == ("draw", 0, 48 * 5_000_000)
-    assert memory(head._replace(rate=1.0), 64).phase != "draw"
-
-
-def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings() -> None:
-    head = Head(10_000_000, 512, 128, ranks=8, compute_item=2, fused=True)
-    dense, _, backward, state, weight = [memory(each, 1024) for each in planner.ladder(head)[:5]]
+def test_a_ranks_memory_falls_with_the_ranks_and_with_the_settings_and_a_draw_counts_by_its_sample() -> None:
+    drawn = Head(100_000_000, 64, 128, ranks=2, rate=0.1, compute_item=2, gradient="backward")
+    assert memory(drawn, 64)[2:5] == ("draw", 0, 48 * 5_000_000)
+    assert memory(drawn._replace(rate=1.0), 64).phase != "draw"
+    head = Head(10_000_000, 512, 128, ranks=8, compute_item=2)
+    dense, _, backward, state, weight = [memory_on(each, "h100") for each in planner.ladder(head)[:5]]
     assert dense.weight == dense.state == dense.gradient == 10_000_000 * 512 * 4 // 8
     assert backward.peak < dense.peak
     assert (state.state, weight.weight) == (dense.state // 2, dense.weight // 2)
-    assert memory(head._replace(ranks=16, batch=64), 1024).weight == dense.weight // 2
+    assert memory_on(head._replace(ranks=16, batch=64), "h100").weight == dense.weight // 2
 
 
-@pytest.mark.parametrize(
-    ("capacity", "setting"),
-    [
-        (None, "dense gradient, float32 state, float32 weights;"),
-        (7.7e9, "update in backward, float32 state, float32 weights;"),
-        (6.1e9, "update in backward, bfloat16 state, float32 weights;"),
-        (4.5e9, "update in backward, bfloat16 state, bfloat16 weights;"),
-        (3.9e9, "update in backward, bfloat16 state, bfloat16 weights, sample rate 0.01;"),
-    ],
-)
+@pytest.mark.parametrize(("capacity", "setting"), [
+    (None, "dense gradient, float32 state, float32 weights;"), (8.0e9, f"{BACKWARD}, float32 state, float32 weights;"),
+    (6.4e9, f"{BACKWARD}, bfloat16 state, float32 weights;"), (4.8e9, f"{BACKWARD}, bfloat16 state, bfloat16 weights;"),
+    (4.55e9, f"{BACKWARD}, bfloat16 state, bfloat16 weights, sample rate 0.01;"),
+])  # fmt: skip
 def test_less_memory_takes_other_settings(capacity: float | None, setting: str) -> None:
     made = plan(HUGE, "h100", capacity)
     assert made.fitting
@@ -108,7 +111,11 @@ def test_the_page_of_published_sizes(tmp_path: Path) -> None:
 def test_counts_are_those_that_are_committed() -> None:
     """No step does more products, passes, operations, launches or allocations than the last time somebody looked."""
     found = counting.counts()
-    assert counting.grown(counting.committed(), found) == []
+    assert counting.grown(counting.committed(), found) == counting.over(found) == []
+    on_gpu = {name.removeprefix(counting.ON_GPU): each for name, each in found.items() if "views" in each}
+    if on_gpu:
+        assert on_gpu.keys() >= step_ops.LIMITS.keys()
+        assert max(on_gpu[case]["views"] for case in step_ops.FEW_VIEWS) <= step_ops.MOST_VIEWS
     products = {name: value["flops"] / (2 * 64 * 64 * 5000) for name, value in found.items() if "flops" in value}
     for name, expected in {"ours, no-grad": 1, f"ours, {STEP}": 4, "ours, frozen W": 3, f"ours-retain, {STEP}": 3,
                            f"ours-in-backward, {WHOLE}": 4, f"ours-sampled, {STEP}": 0.4}.items():  # fmt: skip
@@ -129,6 +136,8 @@ def test_more_work_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert counting.grown(before, now) == told
     counting.write(now)
     assert counting.committed() == now | {gpu: {"launches": 5}}
+    assert counting.over({gpu: {"launches": 8, "device": 4}}) == []
+    assert counting.over({gpu: {"launches": 8, "device": 5}}) == [f"{gpu}: 8 launches and 5 operations, over 12"]
     assert len(counting.PATH.read_text().splitlines()) == 3 + 2
 
 
@@ -141,9 +150,17 @@ def test_an_operation_counts_once_and_a_view_is_none() -> None:
         (torch.profiler.record_function("somebody else's")(lambda: x.add(1)), 1, 0),
     ):  # fmt: skip
         outermost = [event for event in step_ops.recorded(step) if event.cpu_parent is None]
-        found = list(step_ops.operations(outermost))
+        found = [works for _, works in step_ops.operations(outermost)]
         assert (found.count(True), found.count(False)) == (works, views)
+    # What ttsem fills is not counted, what somebody fills is.
+    outermost = [
+        event for event in step_ops.recorded(lambda: x.new_empty(3).fill_(0.0).fill_(1.0)) if event.cpu_parent is None
+    ]
+    assert list(step_ops.operations(outermost, poisoned=True)) == [("new_empty", False), ("fill_", True)]
 
 
 def test_the_time_of_dispatching_is_taken_without_ttsem() -> None:
+    """Held loosely, for a machine that has other work: perf step-ops prints it."""
+    for case in ("arcface", "arcface, 4 chunks"):
+        assert 0 < step_ops.host_time(step_ops.CASES[case]) < 5 * step_ops.MOST_HOST_US
     assert step_ops.host_time(step_ops.CASES["arcface, a tenth sampled, RowSGD in backward"]) > 0

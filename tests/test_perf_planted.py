@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from perf_cases import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Python imports a module of this name in every process that it starts.
 PLANT = """
 import time

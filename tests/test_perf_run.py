@@ -36,6 +36,9 @@ class Scripted:
             if took == math.inf:
                 raise Failed("out of luck")
             return took, self.loss
+        if self.loss == command:
+            self.order.append(f"{self.name} hangs")
+            raise Failed(f"stopped after {timeout:.0f} s")
         return {"supports": None, "prepare": None, "check": {"error_dx": 0.0}, "peak": {"peak_mb": 2.0}}[command]
 
     def tell(self, command: str, *arguments: object) -> None:
@@ -56,7 +59,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(rounds, "Worker", made)
         p = replace(SMALL, device=device)
         cases = [Case(p, name, mode) for name in times if name != "gemm" for mode in modes]
-        run = rounds.Rounds(Budget(3, 3, 0.0, 50.0), 1)
+        run = measure.run = rounds.Rounds(Budget(3, 3, 0.0, 50.0), 1)
         run.history.add(Case(replace(p, classes=p.classes // 10), "pml", STEP), 9.0)
         block = run.measure(cases, lambda words: None)
         return pd.DataFrame(block.rows).set_index("provider"), pd.DataFrame(block.samples), order
@@ -64,25 +67,37 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return measure
 
 
-def test_providers_take_turns_and_are_divided_within_a_round(script) -> None:
-    rows, samples, order = script({
-        "gemm": [1.0, 1.0, 1.5, 2.5, 4.0, 4.0], "ours": [9.0, 3.0, 8.0, 16.0], "plain": [9.0, 9.0, 16.0, 80.0],
-    })  # fmt: skip
+def test_providers_take_turns_and_are_divided_within_a_round_on_a_gpu_after_all_have_compiled_at_once(script) -> None:
+    rows, samples, order = script({"gemm": [1, 1, 1.5, 2.5, 4, 4], "ours": [9, 3, 8, 16], "plain": [9, 9, 16, 80]})
     assert order == ["ours", "plain", *["gemm", "ours", "plain", "gemm"] * 3]  # first steps, then three rounds
     ours, plain = rows.loc["ours"], rows.loc["plain"]
     assert (ours["q25_s"], ours["median_s"], ours["q75_s"]) == (5.5, 8.0, 12.0)  # without the first step
     assert (ours["samples"], ours["peak_mb"], ours["x_gemm"]) == (3, 2.0, 4.0)  # median of 3/1, 8/2, 16/4
     assert (plain["x_gemm"], plain["times_ours"]) == (9.0, 3.0)  # of 9, 8, 20, and of 3, 2, 5
     assert (len(samples), (samples["position"] == "first").sum()) == (12, 3)
+    times = {"gemm": [1] * 12, "ours": [1] * 8, "plain": [1] * 8}
+    rows, _, order = script(times, device="cuda", modes=(STEP, GRAPH))
+    assert order[:2] == [f"{name}: ahead {[STEP, GRAPH]}" for name in ("ours", "plain")]
+    assert list(rows["samples"]) == [3] * 4
+    assert list(rows["peak_mb"].notna()) == [True, False] * 2  # a graph's memory is that of the step
 
 
 def test_a_failing_case_is_a_row_and_ends_nothing_and_a_loss_that_is_not_ours_is_wrong(script) -> None:
-    rows, _, _ = script({
-        "gemm": [1.0] * 6, "ours": [1.0] * 4, "plain": [1.0, 1.0, math.inf], "insightface": [math.inf],
-    }, {"plain": 7.1})  # fmt: skip
+    times = {"gemm": [1] * 6, "ours": [1] * 4, "plain": [1, 1, math.inf], "insightface": [math.inf]}
+    rows, _, _ = script(times, {"plain": 7.1})
     assert list(rows["samples"]) == [3, 1, 0]
     assert list(rows["note"]) == ["", "out of luck", "out of luck"]
     assert list(rows["wrong"]) == ["", "its loss is 7.1, ours 7", ""]
+
+
+@pytest.mark.parametrize("command", ["supports", "check", "prepare"])
+def test_who_hangs_is_a_row_at_every_size_and_waited_for_once(command: str, script) -> None:
+    rows, _, order = script({"gemm": [1] * 12, "ours": [1] * 8, "plain": []}, {"plain": command})
+    assert rows.at["plain", "note"].endswith("stopped after 60 s")
+    larger = [Case(replace(SMALL, d=16, loss="cosface"), name, STEP) for name in ("ours", "plain")]
+    ours, plain = script.run.measure(larger, lambda words: None).rows
+    assert (ours["samples"], plain["samples"], order.count("plain hangs")) == (3, 0, 1)
+    assert plain["note"] == f"not run: {rows.at['plain', 'note']}, at {SMALL.title}"
 
 
 def test_a_step_past_the_budget_is_measured_once_and_predicted_elsewhere(script) -> None:
@@ -95,14 +110,9 @@ def test_a_step_past_the_budget_is_measured_once_and_predicted_elsewhere(script)
     history.add(Case(replace(SMALL, n=24), "plain", STEP), 3.0)
     for other, seconds in (({"classes": 600}, 6.0), ({"n": 24, "classes": 600}, 9.0), ({"d": 32}, 4.0)):
         assert history.predict(Case(replace(SMALL, **other), "plain", STEP)) == pytest.approx(seconds)
-
-
-def test_on_a_gpu_all_compile_at_once_and_are_then_measured_alike(script) -> None:
-    times = {"gemm": [1.0] * 12, "ours": [1.0] * 8, "plain": [1.0] * 8}
-    rows, _, order = script(times, device="cuda", modes=(STEP, GRAPH))
-    assert order[:2] == [f"{name}: ahead {[STEP, GRAPH]}" for name in ("ours", "plain")]
-    assert list(rows["samples"]) == [3] * 4
-    assert list(rows["peak_mb"].notna()) == [True, False] * 2  # a graph's memory is that of the step
+    # Five rounds, then until 1 s are over; three of long steps are enough.
+    budget, asked = Budget(5, 15, 1.0, 10.0, patience=12.0), ((4, 11.0), (5, 0.9), (5, 1.0), (2, 12.0), (3, 12.0))
+    assert [budget.another(*each) for each in asked] == [True, True, False, True, False]
 
 
 def test_a_matrix_that_does_not_fit_is_a_row_before_anything_is_filled(script, monkeypatch) -> None:
@@ -113,13 +123,7 @@ def test_a_matrix_that_does_not_fit_is_a_row_before_anything_is_filled(script, m
     assert "the momentum is" in rows["note"].iloc[1]
 
 
-def test_rounds_follow_the_budget() -> None:
-    """Five rounds, then until 1 s are over; three of long steps are enough."""
-    budget, asked = Budget(5, 15, 1.0, 10.0, patience=12.0), ((4, 11.0), (5, 0.9), (5, 1.0), (2, 12.0), (3, 12.0))
-    assert [budget.another(*each) for each in asked] == [True, True, False, True, False]
-
-
-def test_a_second_run_of_a_size_keeps_what_it_did_not_measure() -> None:
+def test_a_second_run_of_a_size_keeps_what_it_did_not_measure_and_tries_again_what_was_not_installed() -> None:
     """Ours takes part again to be divided by, plain is past the budget the second time, pml is new, then again."""
     rows, samples, wanted = {}, [], {results.key_of(fp32_line(name, STEP)) for name in ("plain", "pml")}
     for number, seconds in enumerate(({"ours": 1, "plain": 30}, {"ours": 2, "plain": 0, "pml": 3}, {"pml": 20})):
@@ -128,9 +132,7 @@ def test_a_second_run_of_a_size_keeps_what_it_did_not_measure() -> None:
     assert [(row["provider"], row["run"]) for row in rows.values()] == [("ours", 0), ("plain", 0), ("pml", 2)]
     taken = [(line["provider"], line["run"]) for line in samples]
     assert taken == [("ours", 0), ("plain", 0), ("ours", 1), ("pml", 2)]
-
-
-def test_what_was_not_installed_is_tried_again_when_it_is() -> None:
+    # What was not installed is tried again when it is.
     for provider, note, expected in (
         ("plain", "some: No module named 'some'", True), ("nobody", "no provider 'nobody'", False),
         ("pml", "out of memory: 9 GB", False), ("ours", "not begun: no time", True), ("ours", "", False),
@@ -214,7 +216,7 @@ def test_the_gpu_plan_begins_with_what_is_asked_first() -> None:
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({"providers": ("liger",)}, "liger can do nothing of what is asked .arcface.*it does softmax"),
+    ({"providers": ("liger",)}, "liger can do nothing of what is asked: it does softmax, not arcface: use --losses so"),
     ({"providers": ("ours", "insightface")}, "insightface can do nothing"), ({"modes": (GRAPH,)}, "need a GPU"),
     ({"dtypes": ("tf32",)}, "need a GPU"), ({"providers": ("nobody",)}, "no provider 'nobody'"),
     ({"losses": ("arcfase",)}, "losses are among"), ({"classes": (0,)}, "classes must be positive"),

@@ -28,7 +28,7 @@ ON_GPU = "a step on a GPU, "  # before the names of the other cases
 # More of any count is a regression; of these, more by that factor, as a small change of them is a choice.
 ALLOWED = {"elements": 1.02, "operations": 1.05, "allocated": 1.02, "peak": 1.02}
 # Operations that look at no element.
-FREE = step_ops.VIEWS - step_ops.WAITING - {"promote_types"} | {"resize_", "unfold", "_indices", "_values"}
+FREE = step_ops.VIEWS - step_ops.WAITING - {"promote_types"} | {"resize_", "unfold"}
 
 
 def counts() -> Counts:
@@ -78,6 +78,16 @@ def grown(before: Counts, now: Counts) -> list[str]:
             if value > ALLOWED.get(name, 1.0) * before[case][name]:
                 found.append(f"{case}: {name} {before[case][name]:,} -> {value:,}")
     return sorted(found)
+
+
+def over(found: Counts) -> list[str]:
+    """Steps on a GPU that do more than any may, whatever was committed."""
+    lines = []
+    for case, most in step_ops.LIMITS.items():
+        count = found.get(ON_GPU + case)
+        if count and count["launches"] + count["device"] > most:
+            lines.append(f"{ON_GPU}{case}: {count['launches']} launches and {count['device']} operations, over {most}")
+    return lines
 
 
 def committed() -> Counts:

@@ -1,8 +1,8 @@
 """`python -m perf audit`: the kernels as machine code, and whether anything spills or leaves too little room.
 
-Every kernel of a step is compiled for every target, dtype and width as the library launches it, and every other
-epilogue at one width; nothing runs. A line of the table says what a program takes (registers, spills, shared memory, so
-how many blocks a processor holds) and its instructions by kind. No time is predicted here, see model.py.
+Every kernel of a step is compiled for every target, dtype and width as the library launches it, and those of every
+other loss at one width; nothing runs. A line of the table says what a program takes (registers, spills, shared memory,
+so how many blocks a processor holds) and its instructions by kind. No time is predicted here, see model.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from perf.kernels.gpus import GPUS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (64, 128, 256, 512, 1024)
-Names = tuple[str, ...]
+Names, Part = tuple[str, ...], tuple[str, str, int, str]
 
-NO_SPILL = "no register spills"
-OVERLAPPED = "two blocks a processor, or warps that multiply for others"
+FIRST, FEW = ("sm_90", "bfloat16"), (64, 512)  # compiled at every width, and widths of the other dtypes
+DRAWS = "draw"  # beside the names of cases.py
+HALVES, OWN_CODE = ("bfloat16", "float16"), ("float16", "tf32")
+
+ADAMW_SPILLS = 96
+NO_SPILL, FEW_SPILLS = "no register spills", f"at most {ADAMW_SPILLS} bytes of spills where AdamW updates the rows"
+OVERLAPPED = "two blocks a processor"
 MATRIX_UNITS = "matrix units in every product of 16 bits and TF32"
-TOLERATED = 32  # bytes of spills in the heaviest epilogues, or where a limit of registers lets a second block in
+TOLERATED = 32  # bytes of spills in the heaviest epilogues, where a limit of registers lets a second block in
 
 
 class Declared(NamedTuple):
@@ -40,57 +45,45 @@ class Declared(NamedTuple):
     why: str
 
 
-DECLARED = (
-    Declared(
-        "sm_90", NO_SPILL, lambda line: line.case in (cases.ONLINE, cases.HEAVIEST) and line.spills <= TOLERATED,
-        "sm_90: a bias, statistics and kept logits at once want more than 255 registers: a few bytes.",
-    ),
-    Declared(
-        "sm_100", NO_SPILL, lambda line: line.case == cases.HEAVIEST and line.spills <= TOLERATED,
-        "sm_100: all of it at once wants more than the 168 registers that the epilogue's warps have: a few bytes.",
-    ),
-    Declared(
-        "sm_90", NO_SPILL,
-        lambda line: line.dtype == "tf32" and line.case.startswith("gradient") and line.spills <= TOLERATED,
-        "sm_90: the gradients of TF32 products with a bias spill a few bytes under the 128 registers that let a second "
-        "block in.",
-    ),
-    Declared(
-        "sm_90", OVERLAPPED, lambda line: line.case.endswith(cases.KEEPING) or line.case == cases.HINGE_GRADIENT,
-        "sm_90: an epilogue that stores logits for backward, or weighs a hinge with a bias, wants more than the 128 "
-        "registers that let a second block in, and would spill under that limit.",
-    ),
-)  # fmt: skip
+DECLARED: tuple[Declared, ...] = ()
 
 
 def audit(
     progress: Progress, targets: Names = TARGETS, dtypes: Names = tuple(DTYPES), widths: tuple[int, ...] = WIDTHS
 ) -> pd.DataFrame:
-    """A line for each launch of cases.py, target, dtype and width."""
-    # Beyond a step, float16 is multiplied by TF32's kernels and float32 by the library. The longest come first.
-    asked = [*itertools.product(targets, [each for each in dtypes if each in cases.MULTIPLIED], [0])]
-    asked += itertools.product(targets, dtypes, widths)
+    """A line for each launch of cases.py, target, dtype and width that is compiled."""
+    others = [*(name for name in cases.CASES if name not in cases.IN_A_STEP), DRAWS]
+    asked: list[Part] = []
+    for target, dtype in itertools.product(targets, dtypes):
+        whole, first = dtype == FIRST[1], target == FIRST[0]
+        # Other losses in one dtype, and on one target in those that have code of their own.
+        if whole or (first and dtype in OWN_CODE):
+            asked += [(target, dtype, cases.D, name) for name in others if name != DRAWS or (whole and first)]
+        for d in widths:
+            if whole or d in FEW:
+                names = cases.IN_A_STEP if d == cases.D or (whole and first) else ("",)
+                asked += [(target, dtype, d, name) for name in names]
+    asked.sort(key=lambda part: not part[3].endswith(("sgd", "adamw")))  # the longest come first
     return pd.DataFrame(list(itertools.chain.from_iterable(in_processes(lines, asked, progress))))
 
 
-def lines(part: tuple[str, str, int]) -> list[dict[str, Any]]:
-    """Of a target, a dtype and a width: the kernels of a step; of width 0: all other launches."""
-    target, dtype, d = part
-    gpu, k = GPUS[target], cases.chunk_of(GPUS[target], dtype, cases.N, d) if d else cases.K
-    with cases.on(gpu):
-        launches = cases.step(dtype, cases.N, d, k) if d else cases.beyond_a_step(dtype)
-    size = {"target": target, "dtype": dtype, "D": d or cases.D, "N": cases.N, "chunk": k}
-    return [size | line(name, compiled) for name, compiled in compiled_on(gpu, dtype, launches).items()]
+def lines(part: Part) -> list[dict[str, Any]]:
+    """Of a target, a dtype, a width and a case of cases.py: its kernels."""
+    target, dtype, d, name = part
+    with cases.on(GPUS[target]):
+        launches = cases.draws() if name == DRAWS else cases.launches([name], dtype, d=d)
+    size = {"target": target, "dtype": dtype, "D": d, "N": cases.N}
+    return [size | line(case, compiled) for case, compiled in compiled_on(GPUS[target], launches).items()]
 
 
 def line(case: str, compiled: Compiled) -> dict[str, Any]:
     of, code = compiled.options, compiled.instructions
-    block = ("BLOCK_N", "BLOCK_C", "BLOCK_D") if compiled.kernel == "tile_kernel" else ("BLOCK_K", "BLOCK_D")
+    block = of.get("TILE") or [of[name] for name in ("BLOCK", "BLOCK_K", "BLOCK_N", "BLOCK_S", "BLOCK_D") if name in of]
     return {
-        "case": case, "kernel": compiled.kernel, "block": "x".join(str(of[name]) for name in block),
+        "case": case, "kernel": compiled.kernel, "block": "x".join(map(str, block)),
         "warps": compiled.warps, "stages": of["num_stages"], "registers": compiled.registers,
         "spills": compiled.spills, "shared_memory": compiled.shared, "blocks": compiled.blocks,
-        "specialised": compiled.specialised, "instructions": sum(code.values()),
+        "parts": of.get("SPLIT", 1), "instructions": sum(code.values()),
         "matrix_instructions": sum(code[kind] for kind in MATRIX),
         "matrix_kind": next((kind for kind in MATRIX if code[kind]), ""),
         "loads_ahead": next((kind for kind in AHEAD if code[kind]), ""),
@@ -100,12 +93,14 @@ def line(case: str, compiled: Compiled) -> dict[str, Any]:
 
 def budgets(frame: pd.DataFrame) -> pd.DataFrame:
     """What must hold of the compiled kernels, one line each: met, or where not. "NO" fails the audit."""
-    low = frame["dtype"] != "float32"  # whose products are the library's
-    ready = frame["case"].str.endswith(cases.READY)  # starts from retained logits
-    products = frame[(frame["kernel"] == "tile_kernel") & low & ~ready]
+    adamw = frame["case"].str.startswith("finish") & frame["case"].str.endswith("adamw")
+    # float32's products are the library's, and of TF32 that of dL/dW.
+    kernel, dtype = frame["kernel"].str.removesuffix("_kernel"), frame["dtype"]
+    products = frame[kernel.isin(cases.TILED) & (dtype != "float32") | (kernel == "finish") & dtype.isin(HALVES)]
     rules = {
-        NO_SPILL: frame[(frame["spills"] > 0) | (frame["spill_instructions"] > 0)],
-        OVERLAPPED: products[(products["blocks"] < 2) & ~products["specialised"].astype(bool)],
+        NO_SPILL: frame[~adamw & ((frame["spills"] > 0) | (frame["spill_instructions"] > 0))],
+        FEW_SPILLS: frame[adamw & (frame["spills"] > ADAMW_SPILLS)],
+        OVERLAPPED: products[products["blocks"] < 2],
         MATRIX_UNITS: products[products["matrix_kind"] == ""],
     }
     judged = []
@@ -130,9 +125,10 @@ def declared(line: Any, budget: str) -> str | None:
 def write(frame: pd.DataFrame, out: Path) -> Path:
     """kernels.csv and kernels.md."""
     out.mkdir(parents=True, exist_ok=True)
+    frame = frame.sort_values(["target", "dtype", "D"], kind="stable")
     frame.to_csv(out / "kernels.csv", index=False)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == cases.D)]
-    shown = shown.drop(columns=["dtype", "D", "N", "chunk", "kernel"])
+    shown = shown.drop(columns=["dtype", "D", "N", "kernel"])
     page = out / "kernels.md"
     page.write_text(f"""# The kernels as machine code
 
@@ -146,9 +142,10 @@ and no time was measured or predicted.** What an H200 measured is in [gpu-h200](
 
 ## bfloat16, D={cases.D}, N={cases.N:,}
 
-The kernels of a step, other epilogues of the tile kernel, and the row-wise kernels with all that may be asked for.
-`block`: samples x classes x part of D, or rows x D. `spills`: bytes of local memory, or registers on AMD. `blocks`: how
-many a processor holds. `specialised`: some warps multiply for the others. `instructions`: of one program, in its code.
+The kernels of a step of ArcFace; after a comma, what differs in a loss that asks for other or more code of the same
+kernel; and those that draw a sample. `block`: rows x columns x part of the sum of a tile, or rows x D, or what a
+program of a draw looks at. `spills`: bytes of local memory, or registers on AMD. `blocks`: how many a processor holds.
+`parts`: of a tile that the rest of the kernel takes one after another. `instructions`: of one program, in its code.
 
 {shown.to_markdown(index=False)}
 

@@ -1,121 +1,205 @@
 """Every launch of our kernels that is compiled, counted or tuned here, by name.
 
-The only file of perf/ that calls the kernels: what they are given, how they choose tiles and chunks. Nothing runs
-before a launch is called, and inside `compile.compiling_for` it compiles and does not run.
+The only file of perf/ that looks into the kernels' backend. A case is a loss that somebody may ask for: the backend's
+own forward and backward run, and their launches are kept instead of made. Inside `compile.compiling_for` a launch that
+is called then compiles and does not run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import tritonmargin as tm
 from perf.kernels.gpus import Gpu
-from tritonmargin.backends import precision as products
-from tritonmargin.kernels import draw, tiles, triton_ops, updates  # noqa: F401  draw is imported before step_ops interprets
+from perf.suite.problem import matmul_precision
+from tritonmargin.backends import precision
+from tritonmargin.backends.triton import BACKEND, class_pass, fused, numbers
+from tritonmargin.backends.triton import plan as plans
+from tritonmargin.kernels import draw, tiles, updates
+from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
 Launches = dict[str, Callable[..., object]]
 Tiles = tiles.Tiles
 TABLE = Path(tiles.__file__).with_name("tiles.json")
 
-# Of x and W. "tf32" is float32 whose products torch was told to round to it; float16 is multiplied as TF32.
+# Of x and W. "tf32" is float32 whose products torch was told to round to it.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
-MULTIPLIED = ("bfloat16", "tf32")  # what the tile kernel's own products are made in
 N, D, C = 1024, 512, 1_000_000
-K = 4096  # classes of a chunk, where only the code matters
+K = 4096  # classes, where only the code matters
 
-TILED = ("reduce_chunk", "weigh_chunk")  # the tile kernel's two launches of a step
-BOTH = ("sum of exp", "gradient of exp")  # the same two as epilogues
-SGD, ADAMW = "finish_rows, sgd", "finish_rows, adamw"  # finish_rows that updates the rows
-KEEPING, READY = "keeping logits", "kept logits"  # for backward; and backward that starts from them
-ONLINE = f"online, bias, statistics, {KEEPING}"
-HEAVIEST = f"hinge, online, bias, statistics, {KEEPING}"
-HINGE_GRADIENT = "gradient of hinge and bias"
-FORWARD = (
-    "sum of exp", "sum of exp, statistics", f"sum of exp, {KEEPING}", "sum of exp, offset", "hardest", "online",
-    "online, bias", "online, statistics", f"online, {KEEPING}", ONLINE, "hinge", "hinge, bias", f"hinge, {KEEPING}",
-    HEAVIEST,
-)  # fmt: skip
-BETWEEN = "sum of exp, statistics", "online, statistics", "gradient of softmax", "gradient of softmax and bias"
-BACKWARD = (
-    "gradient of exp", "gradient of exp, offset", "gradient of softmax", "gradient of softmax and bias",
-    f"gradient of softmax and bias, {READY}", f"gradient of softmax, {READY}", "gradient of hinge", HINGE_GRADIENT,
-    f"{HINGE_GRADIENT}, {READY}",
-)  # fmt: skip
+TILED = ("reduce", "weigh")  # both look at every logit
+SGD, ADAMW = "finish, sgd", "finish, adamw"  # finish that updates the rows
+HEAVIEST = "reduce, hinge, bias, statistics"
+BETWEEN = ("reduce, statistics", "reduce, bias", "weigh, bias", "weigh, label smoothing")
 
 family = tiles.family  # the target whose lines of the table another one uses: sm_103 those of sm_100
 this_gpu = tiles.gpu  # of a number: its target and processors
 
 
-def operand(dtype: str) -> torch.dtype:
-    return products.operands(DTYPES[dtype])
+class Case(NamedTuple):
+    """A loss, and which of its kernels differ from those of the cases before."""
+
+    kernels: tuple[str, ...]
+    margin: type[tm.Margin] = tm.ArcFace
+    options: dict[str, Any] = {}  # noqa: RUF012  of LossOptions
+    bias: bool = False
+    weighted: bool = False  # classes have weights
+    sampled: bool = False  # half of the classes
+    wide: bool = False  # W in float32, as under autocast
+    rule: str = ""  # of an update in backward
+    asked: tuple[str, ...] | None = None  # numbers per sample for PyTorch, and what else; None: the kernels' own loss
+    samples: int | None = None  # at most
+
+
+STEP = ("rows", "classes", "reduce", "loss", "sum", "extremes", "half", "weigh", "finish", "back")
+TILES = (*TILED, "finish")
+EVERYTHING = dict(options=dict(label_smoothing=0.1, reduction="none"), bias=True, weighted=True)
+CASES = {  # what differs from a step of ArcFace whose W and embeddings have the dtype of the products
+    "": Case(STEP),
+    "sgd": Case(("finish",), rule="sgd"),
+    "adamw": Case(("finish",), rule="adamw"),
+    "raw rows": Case((*TILES, "back"), tm.Softmax),
+    "raw rows and bias": Case(("classes", *TILES), tm.Softmax, bias=True),
+    "bias": Case(("classes", *TILES), bias=True),
+    "label smoothing": Case(("classes", *TILES, "half", "loss"), options=dict(label_smoothing=0.1)),
+    "a sample, W in float32": Case(("rows", "classes", *TILES), sampled=True, wide=True),
+    "everything": Case(("rows", "classes", "loss", "upstream", *TILES, "back"), tm.ASoftmax, **EVERYTHING),
+    "everything, sgd": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="sgd"),
+    "everything, adamw": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="adamw"),
+    "numbers": Case(("numbers", "gradients"), asked=("bias",)),
+    "statistics": Case((*TILED, "finish", "back"), asked=("statistics",)),
+    "offset": Case(("classes", *TILED), asked=("offset",)),
+    "hinge": Case(TILED, asked=("hinge",)),
+    "hinge and bias": Case(TILES, asked=("hinge", "bias")),
+    "hinge, bias, statistics": Case(("reduce",), asked=("hinge", "bias", "statistics", "rest")),
+    "16 samples": Case(TILES, samples=16),
+    "64 samples": Case(TILES, samples=64),
+}  # fmt: skip
+IN_A_STEP = ("", "sgd", "adamw")
 
 
 def device_of(gpu: Gpu) -> tiles.Device:
     return tiles.Device(gpu.target, gpu.processors, gpu.capacity)
 
 
-def chunk_of(gpu: Gpu, dtype: str, n: int, d: int, c: int = C) -> int:
-    """How many classes the library takes at a time on this GPU."""
-    return max(1, min(c, tiles.default_chunk(device_of(gpu), operand(dtype), n, d, c)))
-
-
-def tile_counts(n: int, d: int, k: int, dtype: str) -> tuple[int, int]:
-    """Tiles across the classes, and across the samples, on the GPU of `on` or of this machine."""
-    tile = triton_ops.tiles_for(torch.empty(n, d, dtype=operand(dtype)), k)
-    return math.ceil(k / tile.block_c), math.ceil(n / tile.block_n)
+def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = False) -> plans.Plan:
+    """How the library cuts a pass over c classes on this GPU; other_rows: the products cannot take those of W."""
+    kind, how, device = DTYPES[dtype], "tf32" if dtype == "tf32" else "ieee", device_of(gpu)
+    copied = other_rows or dtype in ("tf32", "float16")
+    return plans.make_plan(n, d, c, device, kind, how, copied, device.memory // 64, 0, 0)
 
 
 def by_library(dtype: str) -> bool:
-    """Whether torch makes the products, and the tile kernel only reads them."""
-    return tiles.by_library(operand(dtype), "ieee" if dtype == "float32" else "tf32")
+    """Whether torch makes the products, and the kernels only read them."""
+    return dtype == "float32"
 
 
 @contextlib.contextmanager
-def _replaced(name: str, answer: object) -> Iterator[None]:
-    """What the kernels ask for by this name is answered so."""
-    before = getattr(triton_ops, name)
-    setattr(triton_ops, name, lambda *_: answer)
-    try:
+def on(gpu: Gpu) -> Iterator[None]:
+    """Losses are planned as on this GPU."""
+    with contextlib.ExitStack() as patches:
+        for module in (plans, precision):
+            patches.enter_context(mock.patch.object(module, "device_of", return_value=device_of(gpu)))
         yield
-    finally:
-        setattr(triton_ops, name, before)
 
 
-def on(gpu: Gpu) -> contextlib.AbstractContextManager[None]:
-    """The kernels are launched as on this GPU."""
-    return _replaced("device_of", device_of(gpu))
-
-
-def with_tile(tile: Tiles, gpu: Gpu) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def with_tile(tile: Tiles, gpu: Gpu) -> Iterator[None]:
     """The kernels take this tile instead of the table's; its programs are those of a processor, as in the table."""
-    return _replaced("pick_tiles", tile._replace(programs=tile.programs * gpu.processors))
+    taken, fresh = tile._replace(programs=tile.programs * gpu.processors), plans.make_plan.__wrapped__
+    with mock.patch.object(plans, "pick_tiles", return_value=taken), mock.patch.object(plans, "make_plan", fresh):
+        yield
 
 
-def step(dtype: str, n: int, d: int, k: int) -> Launches:
-    """The kernels of a step over one chunk, in their order; the three of finish_rows are alternatives."""
-    kind, target = operand(dtype), torch.arange(n) % k
-    x, rows, w = (torch.zeros(size, d, dtype=of) for size, of in ((n, kind), (k, kind), (k, DTYPES[dtype])))
-    tile, run = triton_ops.new_tile(x, k, kind), triton_ops.Running(total=torch.zeros(triton_ops.slots(x, k), n))
-    prepared, shares = (
-        triton_ops.Rows(rows, None, torch.zeros(k), w, None),
-        [triton_ops.Shares(target, torch.zeros(n, d))],
-    )
-    finish = partial(triton_ops.finish_rows, rows, rows, prepared, 0, shares, None, None, torch.ones(()))
-    reduce, weigh = TILED
-    return {
-        "prepare_rows": partial(triton_ops.prepare_rows, w, None, 0, k, True, rows, None),
-        reduce: partial(triton_ops.reduce_chunk, rows, x, None, target, 0, True, tile, tile, False, run),
-        weigh: partial(triton_ops.weigh_chunk, rows, x, None, target, 0, "exp", run.total[0], tile, tile, None, None),
-        "finish_rows": partial(finish, torch.empty_like(w), None),
-        SGD: partial(finish, w, slice(0, k), update_of("sgd", w)),
-        ADAMW: partial(finish, w, slice(0, k), update_of("adamw", w)),
-    }
+@contextlib.contextmanager
+def kept(runs: bool) -> Iterator[Launches]:
+    """Launches inside, by their kernels' names, each kernel's first; with `runs` they are made too. torch's are not."""
+    found, before = Launches(), class_pass.call
+
+    def keep(kernel: Any, *args: Any, **options: Any) -> None:
+        found.setdefault(kernel.fn.__name__.removesuffix("_kernel"), partial(before, kernel, *args, **options))
+        if runs:
+            before(kernel, *args, **options)
+
+    nothing = lambda *_: None  # noqa: E731
+    with contextlib.ExitStack() as patches:
+        for module in (class_pass, fused, numbers, draw):
+            patches.enter_context(mock.patch.object(module, "call", keep))
+        for name in ("multiply", "add_product"):
+            patches.enter_context(mock.patch.object(class_pass, name, nothing))
+        yield found
+
+
+def launches(
+    names: Iterable[str], dtype: str, n: int = N, d: int = D, k: int = K, device: str = "cpu", runs: bool = False
+) -> Launches:
+    """The launches of these cases, as "KERNEL, CASE", on the GPU of `on` or of this machine."""
+    found = Launches()
+    for name in names:
+        case = CASES[name]
+        with matmul_precision(dtype), kept(runs) as made:
+            run(case, dtype, min(n, case.samples or n), d, k, device)
+        for kernel in case.kernels:
+            if kernel in made:
+                found[f"{kernel}, {name}" if name else kernel] = made[kernel]
+    return found
+
+
+def run(case: Case, dtype: str, n: int, d: int, k: int, device: str) -> None:
+    """The case's loss and its gradients, by the backend."""
+    made, kind = partial(torch.ones, device=device), DTYPES[dtype]
+    x = made(n, d, dtype=kind).requires_grad_()
+    weight = made(k, d, dtype=torch.float32 if case.wide else kind).requires_grad_()
+    target, ids = torch.arange(n, device=device) % (k // 2), None
+    if case.sampled:
+        ids = torch.arange(k // 2, device=device)
+    if case.asked is not None:
+        numbers_of(PassInputs(x, weight, target, ids), dtype, case.asked)
+        return
+    bias = made(k).requires_grad_() if case.bias else None
+    rule = updates.RowUpdate("sgd", weight, ()) if not case.rule else update_of(case.rule, weight.detach())
+    updater: Any = SimpleNamespace(begin_in_backward=lambda _: rule, finish_in_backward=lambda *_: None)
+    inputs = LossInputs(x, weight, target, bias, ids, made(k) if case.weighted else None)
+    margin = case.margin().to(device)
+    loss = BACKEND.fused(inputs, margin, LossOptions(**case.options), kind, updater if case.rule else None)
+    assert loss is not None
+    loss.backward(torch.ones_like(loss))
+
+
+def numbers_of(inputs: PassInputs, dtype: str, asked: tuple[str, ...]) -> None:
+    """Numbers per sample, as a margin in PyTorch takes them, and gradients for all of them."""
+    made, n, k = partial(torch.ones, device=inputs.x.device), len(inputs.x), len(inputs.weight)
+    inputs = inputs._replace(
+        bias=made(k) if "bias" in asked else None, offset=made(k) if "offset" in asked else None,
+        threshold=made(n) if "hinge" in asked else None,
+    )  # fmt: skip
+    rest, hardest = "hinge" not in asked or "rest" in asked, "statistics" in asked
+    spec = PassSpec(
+        unit_weight=True, unit_embeddings=True, scale=64.0, bounded=inputs.bias is None, want_rest=rest,
+        want_hardest=hardest, sparse=False, dtype=DTYPES[dtype], chunk_bytes=0, retain_bytes=0, backend=BACKEND.name,
+        precision=precision.precision_of(DTYPES[dtype], inputs.x),
+    )  # fmt: skip
+    with torch.no_grad(), mock.patch.object(numbers, "hardest_of", of_the_first_class):
+        saved = BACKEND.forward(inputs, spec)[1]
+        grads = PassGrads(*[made(n)] * len(PassGrads._fields))
+        grads = grads._replace(mean_logit=None, hardest_product=grads.rest if hardest else None)
+        BACKEND.backward(inputs, saved, grads, (True, True, inputs.bias is not None), spec)
+
+
+def of_the_first_class(inputs: PassInputs, spec: PassSpec, plan: plans.Plan, *_: Any) -> tuple[Tensor, Tensor, Any]:
+    """In place of what looks at numbers that no launch has written."""
+    row = inputs.target.new_zeros(plan.line, dtype=torch.int32)
+    product, rows = row.float(), inputs.x.new_zeros((plan.n, plan.d), dtype=torch.float32)
+    return product[: plan.n], row[: plan.n].long(), (row, rows, product)
 
 
 def update_of(rule: str, w: Tensor) -> updates.RowUpdate:
@@ -125,63 +209,12 @@ def update_of(rule: str, w: Tensor) -> updates.RowUpdate:
     seed = 1 if low else None
     if rule == "sgd":
         return updates.RowUpdate(rule, w, (0.1, 0.9, 5e-4, 0.0), (first,), seed=seed)
-    steps = torch.zeros(len(w), dtype=torch.int32)
+    steps = torch.zeros(len(w), dtype=torch.int32, device=w.device)
     return updates.RowUpdate(rule, w, (1e-3, 0.9, 0.999, 1e-8, 0.1), (first, second), steps, seed)
 
 
-def epilogues(x: Tensor, rows: Tensor) -> Launches:
-    """What the tile kernel does with the logits of x [N, D] and rows [K, D]: the names say what is asked for.
-
-    Each thing costs registers, which decide whether a second block fits. All of them at once are in the heaviest.
-    """
-    n, k, made = len(x), len(rows), dict(device=x.device)
-    target, number, bias = torch.zeros(n, dtype=torch.int64, **made), torch.zeros(n, **made), torch.zeros(k, **made)
-    tile = triton_ops.new_tile(x, k, x.dtype)
-
-    def slots(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.zeros(triton_ops.slots(x, k), n, dtype=dtype, **made) if wanted else None
-
-    def forward(name: str) -> Callable[[], object]:
-        bounded, online, hinge = "sum of exp" in name, "online" in name, "hinge" in name
-        statistics = "statistics" in name or "hardest" in name
-        run = triton_ops.Running(
-            slots(bounded or online), slots(online), slots(statistics), slots(statistics, torch.int64),
-            number if hinge else None, slots(hinge), slots(hinge),
-        )  # fmt: skip
-        each = bias if "bias" in name or "offset" in name else None
-        return partial(triton_ops.reduce_chunk, rows, x, each, target, 0, bounded, tile, tile, KEEPING in name, run)
-
-    def backward(name: str) -> Callable[[], object]:
-        kind = name.removeprefix("gradient of ").split()[0].rstrip(",")
-        each, factor = bias if "bias" in name or "offset" in name else None, number if "bias" in name else None
-        ready = torch.empty_like(tile) if READY in name else None
-        return partial(triton_ops.weigh_chunk, rows, x, each, target, 0, kind, number, tile, tile, ready, factor)
-
-    return {name: (backward if name.startswith("gradient") else forward)(name) for name in (*FORWARD, *BACKWARD)}
-
-
-def row_kernels(dtype: str) -> Launches:
-    """The row-wise kernels with all that they may be asked for, and with weights in float32 as under autocast."""
-    kind, ids = operand(dtype), torch.arange(0, K, 2)
-    shares = [triton_ops.Shares(torch.zeros(N, dtype=torch.int64), torch.empty(N, D)) for _ in range(3)]
-    mean, found = (torch.empty(len(ids)), torch.empty(D)), Launches()
-    for name, weight in {"": torch.empty(K, D, dtype=DTYPES[dtype]), ", W in float32": torch.empty(K, D)}.items():
-        rows, wide = torch.empty(len(ids), D, dtype=kind), torch.empty(len(ids), D)
-        prepared = triton_ops.Rows(rows, None, torch.empty(len(ids)), weight, ids)
-        finish = partial(triton_ops.finish_rows, rows, rows, prepared, 0, shares[:2], shares[2], mean, torch.ones(()))
-        found |= {
-            f"rows: prepare, ids{name}": partial(triton_ops.prepare_rows, weight, ids, 0, len(ids), True, rows, wide),
-            f"rows: finish, everything{name}": partial(finish, torch.empty_like(weight), ids),
-            f"rows: finish, everything, adamw{name}": partial(finish, weight, ids, update_of("adamw", weight)),
-        }
-    return found
-
-
-def beyond_a_step(dtype: str) -> Launches:
-    """Every epilogue, two of them with the other two heights of a tile, and the row-wise kernels."""
-    x, rows = (torch.empty(size, D, dtype=operand(dtype)) for size in (N, K))
-    found = epilogues(x, rows)
-    for n in (16, 64):  # up to which tiles are lower
-        lower = epilogues(x[:n], rows)
-        found |= {f"{name}, {n} samples": lower[name] for name in BOTH}
-    return found | row_kernels(dtype)
+def draws() -> Launches:
+    """The three kernels that draw a tenth of the classes, launched as the library does: ids and state are int64."""
+    with kept(False) as found:
+        draw.draw_by_triton(torch.arange(N), torch.tensor([1, 0]), 0, C, C // 10)
+    return {f"draw: {name}": launch for name, launch in found.items()}

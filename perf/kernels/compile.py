@@ -24,7 +24,6 @@ from triton.runtime.jit import JITFunction
 
 from perf.kernels import cases
 from perf.kernels.gpus import GPUS, Gpu
-from perf.suite.problem import matmul_precision
 
 Progress = Callable[[float, str], Any]  # told the fraction that is done, and of what
 
@@ -40,11 +39,6 @@ class Compiled(NamedTuple):
     instructions: Counter[str]  # of one program by kind, each counted once however often it runs
 
     @property
-    def specialised(self) -> bool:
-        """Whether some warps multiply for others, so that a block alone overlaps its products and its epilogue."""
-        return self.warps > int(self.options["num_warps"])
-
-    @property
     def blocks(self) -> int:
         """How many programs a processor holds at a time."""
         gpu, threads = self.gpu, self.warps * self.gpu.lanes
@@ -53,9 +47,9 @@ class Compiled(NamedTuple):
         return min(gpu.shared_total // max(shared, 1), gpu.registers // max(registers, 1), gpu.threads // threads)
 
 
-def compiled_on(gpu: Gpu, dtype: str, launches: cases.Launches) -> dict[str, Compiled]:
-    """Each launch as machine code, by its name; torch multiplies float32 as the dtype's name says."""
-    with matmul_precision("tf32" if dtype == "float16" else dtype), compiling_for(gpu) as found:
+def compiled_on(gpu: Gpu, launches: cases.Launches) -> dict[str, Compiled]:
+    """Each launch as machine code, by its name."""
+    with compiling_for(gpu) as found:
         for launch in launches.values():
             launch()
     return dict(zip(launches, found, strict=True))

@@ -1,8 +1,8 @@
-"""`python -m perf model`: what a step should take on an H200, beside what it took.
+"""`python -m perf model`: what a step should take on an H200, beside what the kernels before these took.
 
 Predicted: bytes and flops of every kernel of a forward and backward of ArcFace, divided by rates that were measured of
-single kernels at one size. A ratio far from 1 is time that no kernel explains. In a CUDA graph a step takes the sum of
-its kernels and small operations; launched one by one, the CPU's time for them where that is longer.
+single kernels at one size. In a CUDA graph a step takes the sum of its kernels; launched one by one, the CPU's time for
+its operations where that is longer. A measured time far above the prediction is time that no kernel explains.
 Measured: reports/gpu-h200. Whoever changes the kernels changes the list of `step` alone.
 """
 
@@ -21,104 +21,115 @@ from perf.kernels.gpus import H200
 from perf.providers.base import GRAPH, STEP
 
 REPORT = Path(__file__).resolve().parents[2] / "reports" / "gpu-h200"
+SAMPLED = "a step over sampled rows, without the draw"
 
 
 @dataclass(frozen=True)
 class Rates:
     """Of an H200 on 2026-11-28: profile.csv and rates.csv of reports/gpu-h200."""
 
-    logits: float  # flops per second, in bfloat16 of the tile kernel with its epilogue, in float32 of the library
+    logits: float  # flops per second, in bfloat16 of a tile kernel with its epilogue, in float32 of the library
     dx: float
     dw: float
-    memory: float = 4.2e12  # bytes per second: what prepare_kernel moves
-    small: float = 2e-6  # seconds of a small operation on the GPU
+    memory: float = 4.2e12  # bytes per second: what a kernel that goes over W moves
+    small: float = 2e-6  # seconds of a launch on the GPU at least
     host: float = 50e-6  # seconds of the CPU for an operation of any size; hosts differ, 30 to 60
 
 
 RATES = {"bfloat16": Rates(564e12, 800e12, 710e12), "float32": Rates(48.5e12, 51.5e12, 50.1e12)}
-SMALL = 150  # operations of a step outside of its chunks, counted in profile.csv
-IN_CHUNK = 8  # of a chunk, kernels among them
-OTHER, CPU = "small operations", "the CPU, until all is launched"  # beside the kernels
+OPERATIONS, IN_CHUNK = 10, 3  # launches and operations of torch in a step of one chunk, and in another one: step_ops
+CPU = "the CPU, until all is launched"
 
 
 class Size(NamedTuple):
-    """What a chunk is, and the bytes of its matrices."""
+    """What a pass is, and the bytes of its matrices."""
 
     n: int
     d: int
-    k: int
-    dtype: str
-    columns: int  # tiles across the classes
-    item = property(lambda self: cases.operand(self.dtype).itemsize)
+    c: int
+    item: int  # bytes of a number of x, W and P
+    slots: int  # of numbers per sample that forward leaves
+    blocks: int  # of samples, each with sums per class
+    columns: int = 1  # tiles across D in finish
     x = property(lambda self: self.n * self.d * self.item)
-    rows = property(lambda self: self.k * self.d * self.item)
-    tile = property(lambda self: self.n * self.k * self.item)
+    rows = property(lambda self: self.c * self.d * self.item)
+    tile = property(lambda self: self.n * self.c * self.item)
+    per_slot = property(lambda self: 4 * self.n * self.slots)
+    per_block = property(lambda self: 4 * self.c * self.blocks)
 
 
 class Kernel(NamedTuple):
-    name: str  # of cases.step, where it is ours
-    seen: str  # what a profile calls it, a regular expression
-    bytes: Callable[[Size], int]  # what a launch has to read and write, every matrix once
+    name: str  # of cases.py, where it is ours
+    bytes: Callable[[Size], int]  # what has to be read and written, every matrix once
     rate: str = ""  # of Rates, of its product; "": it makes none
-    times: int = 1  # launches in a chunk
+    after: Callable[[Size], int] = lambda s: 0  # bytes of these that are moved after a tile's product, not beside it
+    times: int = 1
 
     def flops(self, size: Size) -> int:
-        return 2 * size.n * size.d * size.k if self.rate else 0
+        return 2 * size.n * size.d * size.c if self.rate else 0
 
     def seconds(self, size: Size, rates: Rates) -> float:
-        multiplying = self.flops(size) / getattr(rates, self.rate) if self.rate else 0.0
-        return self.times * max(self.bytes(size) / rates.memory, multiplying)
+        if not self.rate:
+            return max(self.times * self.bytes(size) / rates.memory, rates.small)
+        after = self.after(size)
+        product = max((self.bytes(size) - after) / rates.memory, self.flops(size) / getattr(rates, self.rate))
+        return self.times * (product + after / rates.memory)
 
 
-def step(dtype: str) -> list[Kernel]:
-    """The kernels of a forward and backward over one chunk."""
-    library = cases.by_library(dtype)
+def step(dtype: str, other_rows: bool = False) -> list[Kernel]:
+    """The kernels of a forward and backward; other_rows: class rows are copied first, as a sample's are."""
+    library, apart = cases.by_library(dtype), cases.DTYPES[dtype].itemsize == 4
     operands = (lambda s: s.tile) if library else lambda s: s.x + s.rows
-    tile_rate = "" if library else "logits"
-    product = lambda s: s.tile + s.rows + s.x  # noqa: E731
+    logits = [Kernel("logits", lambda s: s.tile + s.rows + s.x, "logits", times=2)] if library else []
+    rate = "" if library else "logits"
+    # Gradient rows that the library multiplies are written, and read by finish.
+    dw = [Kernel("dW", lambda s: s.tile + s.rows + s.x, "dw")] if apart else []
+    taken = (lambda s: s.rows) if apart else lambda s: s.tile + s.x
     return [
-        Kernel("prepare_rows", "prepare_kernel", lambda s: 2 * s.rows + 4 * s.k, times=2),
-        *([Kernel("logits", "gemm|nvjet", product, "logits", times=2)] if library else []),
-        Kernel("reduce_chunk", "tile_kernel", lambda s: operands(s) + 16 * s.n * s.columns, tile_rate),
-        Kernel("weigh_chunk", "tile_kernel", lambda s: operands(s) + 8 * s.n * s.columns + s.tile, tile_rate),
-        Kernel("dX", "gemm|nvjet", product, "dx"),
-        Kernel("dW", "gemm|nvjet", product, "dw"),
-        # A, W and dW; 1/|w|; each sample's share of its target row.
-        Kernel("finish_rows", "finish_kernel", lambda s: 3 * s.rows + 4 * s.k + s.n * (8 + 4 * s.d)),
-    ]
+        Kernel("rows", lambda s: 2 * (s.x + s.n * s.d * s.item) + 28 * s.n),
+        Kernel("classes", lambda s: s.rows * (1 + other_rows) + 4 * s.c),
+        *logits,
+        Kernel("reduce", lambda s: operands(s) + 2 * s.per_slot + (not other_rows) * s.per_block, rate),
+        Kernel("loss", lambda s: s.per_slot + 32 * s.n),
+        Kernel("sum", lambda s: 8 * s.n),
+        Kernel("weigh", lambda s: operands(s) + s.tile + 3 * s.per_slot + (2 - other_rows) * s.per_block, rate),
+        Kernel("dX", lambda s: s.tile + s.rows + 4 * s.n * s.d, "dx"),
+        *dw,
+        # W and its gradient; each sample's x; sums per class once for every part of D.
+        Kernel("finish", lambda s: taken(s) + 2 * s.rows + s.x + (s.per_block + 4 * s.c) * s.columns,
+               "" if apart else "dw", after=lambda s: s.rows),
+        Kernel("back", lambda s: 3 * s.x + 4 * s.n * s.d + 12 * s.n),
+    ]  # fmt: skip
 
 
-def predict(n: int, d: int, c: int, dtype: str) -> dict[str, float]:
-    """Milliseconds of a step: of each kernel in all chunks, of the rest, and of the whole step in both modes."""
+def size_of(n: int, d: int, c: int, dtype: str, gpu: cases.Gpu = H200, other_rows: bool = False) -> Size:
+    plan = cases.plan_of(gpu, dtype, n, d, c, other_rows)
+    slots = math.ceil(c / plan.reduce.shape[1])
+    blocks, columns = math.ceil(n / plan.weigh.shape[1]), math.ceil(d / plan.finish.shape[1])
+    return Size(n, d, c, cases.DTYPES[dtype].itemsize, slots, blocks, columns)
+
+
+def predict(n: int, d: int, c: int, dtype: str, other_rows: bool = False) -> dict[str, float]:
+    """Milliseconds of a step: of each kernel, of the CPU, and of the whole step in both modes."""
     if dtype not in RATES:
         raise ValueError(f"no rate of {dtype} products has been measured on an H200, only {', '.join(RATES)}")
-    rates, k = RATES[dtype], cases.chunk_of(H200, dtype, n, d, c)
-    with cases.on(H200):
-        size, chunks = Size(n, d, k, dtype, cases.tile_counts(n, d, k, dtype)[0]), math.ceil(c / k)
-    parts = {kernel.name: 1e3 * c / k * kernel.seconds(size, rates) for kernel in step(dtype)}
-    parts[OTHER] = 1e3 * SMALL * rates.small
-    host = 1e3 * (SMALL + IN_CHUNK * chunks) * rates.host
+    rates, plan, size = RATES[dtype], cases.plan_of(H200, dtype, n, d, c, other_rows), size_of(n, d, c, dtype)
+    parts = {kernel.name: 1e3 * kernel.seconds(size, rates) for kernel in step(dtype, other_rows)}
     graph = sum(parts.values())
+    host = 1e3 * rates.host * (OPERATIONS + IN_CHUNK * (math.ceil(c / plan.backward_chunk) - 1))
     return parts | {CPU: host, GRAPH: graph, STEP: max(graph, host)}
 
 
 def table(report: Path = REPORT) -> pd.DataFrame:
-    """Predicted and measured milliseconds: parts of the profiled step, then whole steps of N >= 256 and D = 512."""
-    profile, results = (pd.read_csv(report / name) for name in ("profile.csv", "results.csv"))
-    size = next(profile.itertuples())
-    parts, kernels, lines = predict(size.N, size.D, size.C, size.dtype), step(size.dtype), []
-    left = profile[profile["what"] != "the step"]
-    for seen in (*dict.fromkeys(kernel.seen for kernel in kernels), CPU, "."):  # the rest are small operations
-        names = [kernel.name for kernel in kernels if kernel.seen == seen] or [CPU if seen == CPU else OTHER]
-        rows = left["what"].str.contains(seen)
-        predicted, measured = sum(parts[name] for name in names), left[rows]["microseconds"].sum() / 1e3
-        lines.append((" and ".join(names), size, predicted, measured))
-        left = left[~rows]
-    ours = results.query("provider == 'ours' and loss == 'arcface' and N >= 256 and D == 512")
-    for row in ours[ours["mode"].isin([STEP, GRAPH]) & ours["dtype"].isin(list(RATES))].itertuples():
-        lines.append((row.mode, row, predict(row.N, row.D, row.C, row.dtype)[row.mode], 1e3 * row.median_s))
-    return pd.DataFrame(
-        {"figure": f"{name}, ms, {at.dtype} N={at.N} D={at.D} C={at.C:,}", "predicted": predicted,
-         "measured": measured, "ratio": measured / predicted}
-        for name, at, predicted, measured in lines
-    ).dropna(ignore_index=True)  # fmt: skip
+    """Milliseconds: the kernels of a large step, then whole steps of D = 512, predicted; and measured before them."""
+    results = pd.read_csv(report / "results.csv").query("provider == 'ours' and loss == 'arcface' and D == 512")
+    before = {(row.mode, row.N, row.C, row.dtype): 1e3 * row.median_s for row in results.itertuples()}
+    lines = []
+    for n, c, dtype in ((1024, 1_000_000, "bfloat16"), (1024, 100_000, "bfloat16"), (256, 1_000_000, "bfloat16"),
+                        (1024, 1_000_000, "float32"), (1024, 100_000, "float32")):  # fmt: skip
+        found = predict(n, 512, c, dtype)
+        for name in found if not lines else (GRAPH, STEP):
+            lines.append((name, n, c, dtype, found[name], before.get((name, n, c, dtype))))
+    sampled = predict(1024, 512, 100_000, "bfloat16", other_rows=True)[GRAPH]
+    lines.append((SAMPLED, 1024, 100_000, "bfloat16", sampled, None))
+    return pd.DataFrame(lines, columns=["figure", "N", "C", "dtype", "predicted_ms", "measured_before_ms"])

@@ -15,17 +15,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import triton.testing
 
 from perf.kernels import cases
 from perf.kernels.audit import TOLERATED
-from perf.kernels.cases import BETWEEN, BOTH, DTYPES, ONLINE, TABLE, D, K, N, Tiles
+from perf.kernels.cases import BETWEEN, DTYPES, HEAVIEST, TABLE, TILED, D, N, Tiles
 from perf.kernels.compile import Compiled, Progress, compiled_on, in_processes
 from perf.kernels.gpus import GPUS, Gpu
-from perf.suite.problem import matmul_precision
 
-TARGETS, KINDS = tuple(GPUS), cases.MULTIPLIED  # float16 has TF32's line of the table
+TARGETS, KINDS = tuple(GPUS), ("bfloat16", "tf32")  # float16 has bfloat16's line of the table
 Row = dict[str, Any]
 
 
@@ -42,20 +40,24 @@ def candidates(gpu: Gpu, dtype: str) -> Iterator[Tiles]:
         size = (block_n + block_c) * block_d * item * stages
         if size > gpu.shared or (hopper and stages == 2) or (gpu.target.startswith("gfx") and stages > 2):
             continue
-        free = Tiles(block_n, block_c, block_d, warps, stages, hopper, 2 * hopper, 0, False)
+        free = Tiles(block_n, block_c, block_d, warps, stages, hopper, 2 * hopper, 0)
         yield free
-        if family == "sm_100":  # only its accumulators, in tensor memory, can be handed from warp to warp
-            yield free._replace(specialised=True)
         if hopper:  # plain loads too, whose addresses only the clock can judge
             yield free._replace(descriptors=False, programs=0)
 
 
-def compile_with(tile: Tiles, gpu: Gpu, dtype: str, names: tuple[str, ...] = BOTH, d: int = D) -> list[Compiled]:
-    """Launches of cases.epilogues, compiled with this tile."""
-    x, rows = (torch.empty(size, d, dtype=DTYPES[dtype]) for size in (N, K))
+def launches_with(
+    tile: Tiles, gpu: Gpu, dtype: str, names: Iterable[str] = TILED, d: int = D, **how: Any
+) -> cases.Launches:
+    """Launches of cases.py with this tile, by their names there."""
+    names = list(names)
     with cases.with_tile(tile, gpu), cases.on(gpu):
-        launches = cases.epilogues(x, rows)
-        return list(compiled_on(gpu, dtype, {name: launches[name] for name in names}).values())
+        found = cases.launches({name.partition(", ")[2]: None for name in names}, dtype, d=d, **how)
+    return {name: found[name] for name in names}
+
+
+def compile_with(tile: Tiles, gpu: Gpu, dtype: str, names: Iterable[str] = TILED, d: int = D) -> list[Compiled]:
+    return list(compiled_on(gpu, launches_with(tile, gpu, dtype, names, d)).values())
 
 
 def usable(targets: Iterable[str], dtypes: Iterable[str], progress: Progress) -> pd.DataFrame:
@@ -88,16 +90,13 @@ def measure(dtype: str, progress: Progress, device: str = "cuda") -> pd.DataFram
     here = cases.this_gpu(0)  # as many classes as give every processor sixteen of the most usual tiles
     gpu, k = gpu_of(here.target)._replace(processors=here.processors), 256 * here.processors
     frame = usable([gpu.target], [dtype], progress)
-    # Unit rows: logits inside the range of exp.
-    x, rows = (F.normalize(torch.randn(size, D)).to(device, DTYPES[dtype]) for size in (N, k))
 
     def timed(tile: Tiles) -> Row:
         row = {"target": gpu.target, "dtype": dtype, **tile._asdict(), "K": k, "microseconds": math.nan}
         try:
-            with matmul_precision(dtype), cases.with_tile(tile, gpu):
-                passes = [cases.epilogues(x, rows)[name] for name in BOTH]
-                both = lambda: [launch() for launch in passes]  # noqa: E731
-                row["microseconds"] = 1e3 * triton.testing.do_bench_cudagraph(both, rep=5, return_mode="median")
+            passes = list(launches_with(tile, gpu, dtype, k=k, device=device, runs=device == "cuda").values())
+            both = lambda: [launch() for launch in passes]  # noqa: E731
+            row["microseconds"] = 1e3 * triton.testing.do_bench_cudagraph(both, rep=5, return_mode="median")
         except Exception as error:  # out of resources, for one
             row["failed"] = type(error).__name__
         if device == "cuda":
@@ -111,8 +110,7 @@ def measure(dtype: str, progress: Progress, device: str = "cuda") -> pd.DataFram
 
 
 def tile_of(row: Any) -> Tiles:
-    kinds = {"descriptors": bool, "specialised": bool}
-    return Tiles(**{name: kinds.get(name, int)(row[name]) for name in Tiles._fields})
+    return Tiles(**{name: (bool if name == "descriptors" else int)(row[name]) for name in Tiles._fields})
 
 
 def chosen(frame: pd.DataFrame) -> tuple[pd.DataFrame, Row]:
@@ -120,8 +118,8 @@ def chosen(frame: pd.DataFrame) -> tuple[pd.DataFrame, Row]:
     frame = frame.dropna(subset=["microseconds"]).sort_values("microseconds", ignore_index=True)
     for place, row in frame.iterrows():
         gpu, dtype, tile = gpu_of(row["target"]), row["dtype"], tile_of(row)
-        plain = [each for d in (64, 128, 256, D) for each in compile_with(tile, gpu, dtype, BOTH, d)]
-        heaviest = [each for d in (64, D) for each in compile_with(tile, gpu, dtype, (ONLINE,), d)]
+        plain = [each for d in (64, 128, 256, D) for each in compile_with(tile, gpu, dtype, TILED, d)]
+        heaviest = [each for d in (64, D) for each in compile_with(tile, gpu, dtype, (HEAVIEST,), d)]
         passes = not any(each.spills for each in plain) and max(each.spills for each in heaviest) <= TOLERATED
         frame.loc[place, "passes"] = passes
         if passes:
@@ -138,7 +136,7 @@ def chosen(frame: pd.DataFrame) -> tuple[pd.DataFrame, Row]:
 def registers_for(tile: Tiles, gpu: Gpu, dtype: str) -> int:
     """The limit that lets as many blocks in whatever the epilogue, or a second one at a few bytes of spills; or 0."""
     resident = min(each.blocks for each in compile_with(tile, gpu, dtype))
-    resident, allowed = (2, TOLERATED) if resident == 1 and not tile.specialised else (resident, 0)
+    resident, allowed = (2, TOLERATED) if resident == 1 else (resident, 0)
     limit = gpu.registers // (resident * tile.warps * 32) // 8 * 8
     if gpu.target.startswith("gfx") or resident < 2 or limit >= 255:
         return 0

@@ -1,7 +1,8 @@
 """Memory of a head on one of R ranks, as a formula, and the settings that fit; nothing runs.
 
 Every rank holds ceil(C / R) of the C classes, rows of D numbers, and has n of the N = R n samples. Weight and optimiser
-state lie in memory between steps. Every term is bytes; vectors of a number per sample or class are counted roughly.
+state lie in memory between steps. Every term is bytes; vectors of a number per sample or class are counted roughly. On
+CPUs it is the torch backend that is counted (`memory`), on GPUs the kernels' (`memory_of_kernels`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from perf.kernels.gpus import GPUS, H200
+from perf.kernels.gpus import GPUS, H200, Gpu
 from perf.suite.machine import memory_bytes
 from tritonmargin.class_pass.chunks import chunk_classes
 from tritonmargin.optim import CHUNK_BYTES
@@ -38,7 +39,6 @@ class Head(NamedTuple):
     weight_item: int = 4  # bytes per number
     state_item: int = 4
     compute_item: int = 4  # of the products' operands
-    fused: bool = False  # Triton kernels: elementwise work needs no memory
 
     @property
     def rows(self) -> int:
@@ -79,40 +79,85 @@ class Memory(NamedTuple):
         return self.weight + self.state + self.gradient + self.chunk + self.batch
 
 
-def memory(head: Head, chunk: int) -> Memory:
-    """The peak of a rank that has `chunk` classes at a time."""
-    sampled, sparse, in_backward = head.rate < 1.0, head.gradient == "sparse", head.gradient == "backward"
-    torch_low = head.compute_item < 4 and not head.fused  # low precision in torch, which works in float32 as well
-    own, everyone = 4 * head.batch * head.dim, 4 * head.samples * head.dim  # embeddings in float32
-    rows, tile, matrix = chunk * head.dim, chunk * head.samples, head.rows * head.dim
-    graded = 0 if in_backward else head.active if sparse else head.rows  # rows of the gradient
-    gradient = graded * head.dim * head.weight_item
+Phase = tuple[str, int, int, int]  # its name; bytes of the gradient, of the chunk, of the batch
 
-    # The drawing of a sample, its sort and the sort's buffers.
-    draw = ("draw", 0, 48 * head.active * sampled, 2 * own + everyone * (head.ranks > 1))
+
+def memory(head: Head, chunk: int) -> Memory:
+    """The peak of a rank that has `chunk` classes at a time, in PyTorch."""
+    sampled, sparse, in_backward = head.rate < 1.0, head.gradient == "sparse", head.gradient == "backward"
+    low = head.compute_item < 4  # then it works in float32 as well
+    own, everyone = 4 * head.batch * head.dim, 4 * head.samples * head.dim  # embeddings in float32
+    rows, tile = chunk * head.dim, chunk * head.samples
 
     # The end of the class pass in forward, when the targets' rows are gathered and the chunk's buffers are still there.
-    buffers = (rows + tile) * head.compute_item + 3 * 4 * chunk + 4 * rows * torch_low
-    copy = rows * head.weight_item if sampled and not head.fused else 0  # of a sample's rows, until they are unit rows
+    buffers = (rows + tile) * head.compute_item + 4 * chunk + 4 * rows * low
+    copy = rows * head.weight_item if sampled else 0  # of a sample's rows, until they are normalised
     # x and its copy in float32, all ranks' rows and those of their targets, some 30 vectors, the sample's numbers
     lasting = 2 * (own + everyone) + 30 * 4 * head.samples + 8 * head.active * sampled
     scaled = everyone * head.compute_item // 4  # x log2(e); and the product of the targets' rows and x
-    forward = ("forward", 0, buffers + 4 * tile * torch_low + copy, lasting + scaled + everyone)
+    forward = ("forward", 0, buffers + 4 * tile * low + copy, lasting + scaled + everyone)
 
     # The class pass of backward, with the gradient.
     direct = head.compute_item == head.weight_item == 4 and not in_backward and (sparse or not sampled)
-    product = 0 if direct else rows * (head.compute_item + 4 * torch_low)
-    finishing = 0 if head.fused else max(4 * rows, updating(head, chunk) * in_backward)  # the row dot, or the update
-    targets = 0 if head.fused else own * chunk // max(head.active, 1)  # gradients of the targets in a chunk
-    # x times its factor; dX and the targets' gradient, on a GPU that once more in the order of its rows
-    batch = lasting + 2 * scaled + (3 if head.fused else 2) * everyone
-    backward = ("backward", gradient, buffers + product + max(copy, finishing), batch + targets)
+    product = 0 if direct else rows * (head.compute_item + 4 * low)
+    finishing = max(4 * rows, updating(head, chunk) * in_backward)  # the row dot, or the update
+    targets = own * chunk // max(head.active, 1)  # gradients of the targets in a chunk
+    # x times its factor; dX and the targets' gradient
+    batch = lasting + 2 * scaled + 2 * everyone + targets
+    backward = ("backward", gradient_bytes(head), buffers + product + max(copy, finishing), batch)
+    return around(head, forward, backward)
 
-    # The optimiser's step: some rows of the gradient at a time in float32, which are there until the next ones are.
+
+def memory_of_kernels(head: Head, gpu: Gpu) -> Memory:
+    """The peak of a rank on this GPU: the buffers of `backends.triton.class_pass`."""
+    from perf.kernels.cases import plan_of  # Triton is imported when it is needed
+
+    dtype = "float32" if head.compute_item == 4 else "bfloat16"
+    other_rows = head.rate < 1.0 or head.weight_item != head.compute_item
+    plan = plan_of(gpu, dtype, head.samples, head.dim, head.active, other_rows)
+    item, blocks = head.compute_item, -(-plan.n // plan.weigh.shape[1])
+    line_x = plan.line_n * plan.line_d
+    copies = plan.line_d * item * plan.copied
+
+    # x, on several ranks all of theirs; x' for the products, the targets' rows; numbers per sample, class and sample's
+    # class; copied class rows, if forward keeps them.
+    lasting = 4 * head.batch * head.dim + 4 * head.samples * head.dim * (head.ranks > 1)
+    lasting += line_x * item + plan.n * plan.d * head.weight_item + (8 + 1 + 6) * 4 * plan.line
+    kept = plan.active * (3 * 4 + 8 * (head.rate < 1.0)) + plan.active * copies * plan.whole
+
+    slots = -(-min(plan.forward_chunk, plan.active) // plan.reduce.shape[1])
+    chunked = plan.forward_chunk * (copies * (not plan.whole) + 4 * plan.line_n * plan.library)
+    forward = ("forward", 0, kept + chunked, lasting + 4 * plan.n * slots)
+
+    # P, its sums per class, copied rows and, where the library multiplies, the gradient's; the gradients of x' and x.
+    per_class = plan.line_n * item + 4 * blocks + copies * (not plan.whole)
+    per_class += 4 * plan.line_d * (not plan.finish_inside)
+    # A row's steps and corrections, in float64.
+    per_class += (4 + 4 * 8) * (head.optimizer == "adamw" and head.gradient == "backward")
+    batch = lasting + 4 * line_x + 4 * plan.n * plan.d
+    backward = ("backward", gradient_bytes(head), kept + plan.backward_chunk * per_class, batch)
+    return around(head, forward, backward)
+
+
+def gradient_bytes(head: Head) -> int:
+    graded = {"backward": 0, "sparse": head.active, "dense": head.rows}[head.gradient]  # rows
+    return graded * head.dim * head.weight_item
+
+
+def around(head: Head, forward: Phase, backward: Phase) -> Memory:
+    """The largest phase of a step: these two, the draw before them, the optimiser's step after them."""
+    own, everyone = 4 * head.batch * head.dim, 4 * head.samples * head.dim
+    # The drawing of a sample, its sort and the sort's buffers.
+    draw = ("draw", 0, 48 * head.active * (head.rate < 1.0), 2 * own + everyone * (head.ranks > 1))
+
+    # Some rows of the gradient at a time in float32, which are there until the next ones are.
+    gradient, sparse = gradient_bytes(head), head.gradient == "sparse"
+    graded = gradient // (head.dim * head.weight_item)
     some = min(graded, max(1, CHUNK_BYTES // (4 * head.dim)))
     copied = 4 * some * head.dim + max(updating(head, some), 4 * min(some, graded - some) * head.dim)
     # A sparse gradient has class numbers. Of the batch: embeddings and gradient, for a backbone's backward.
     step = ("step", gradient + 8 * head.active * sparse, copied, 2 * own)
+    matrix = head.rows * head.dim
     states = STATES[head.optimizer] * matrix * head.state_item + 4 * head.rows * (head.optimizer == "adamw")
     largest = max((draw, forward, backward, step), key=lambda phase: sum(phase[1:]))
     return Memory(matrix * head.weight_item, states, *largest)
@@ -144,16 +189,13 @@ def plan(head: Head, gpu: str | None = None, capacity: float | None = None) -> P
     """What fits on each of the head's ranks, which have `capacity` bytes for it; by default all of the machine's."""
     if capacity is None:
         capacity = memory_bytes() if gpu is None else CARDS[gpu].capacity - RESERVED
-    return Plan(gpu, capacity, [(each, memory_on(each, gpu)) for each in ladder(head._replace(fused=gpu is not None))])
+    return Plan(gpu, capacity, [(each, memory_on(each, gpu)) for each in ladder(head)])
 
 
 def memory_on(head: Head, gpu: str | None) -> Memory:
     if gpu is None:
         return memory(head, chunk_classes(head.samples, head.dim, head.active, 0))
-    from perf.kernels.cases import chunk_of
-
-    dtype = "float32" if head.compute_item == 4 else "bfloat16"
-    return memory(head, chunk_of(CARDS[gpu], dtype, head.samples, head.dim, head.active))
+    return memory_of_kernels(head, CARDS[gpu])
 
 
 def ladder(head: Head) -> list[Head]:

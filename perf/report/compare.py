@@ -69,6 +69,8 @@ def words(found: pd.DataFrame, threshold: float) -> str:
     said = ", ".join(f"{mode} {ratio:.3f} ± {band:.3f}" for mode, (ratio, band) in pooled(found).items())
     own = found[found["provider"].str.startswith("ours") & found["ratio"].notna()]
     alone = f"{(own['band'] <= threshold).sum()} of our {len(own)} rows can see {threshold:.0%} alone."
+    if own["band"].isna().any():
+        alone = "Samples are missing (samples.csv.gz): what is noise is not known."
     return f"Ours takes, of the time before: {said}. {alone}" if said else alone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import jinja2
 import pandas as pd
 
 from perf.report import plots, statistics
-from perf.report.statistics import SWEPT, Findings, pivot, times
+from perf.report.statistics import SWEPT, Findings, cost, pivot, times
 from perf.report.terminal import digits, is_words, markdown, megabytes, seconds
 from perf.suite import machine
 from perf.suite.results import COLUMNS, Results
 
 TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 SIZE = ["loss", "dtype", "N", "D", "C"]
+NO_RUNS = "runs.json is missing: on which machine this was measured is not known"
 
 
 def write(folder: Path, results: Results) -> Path:
@@ -34,15 +36,19 @@ def write(folder: Path, results: Results) -> Path:
 
 
 def on_terminal(results: Results) -> list[tuple[str, pd.DataFrame]]:
-    """The first screen for a terminal, and what is missing."""
+    """The first screen for a terminal, or all that was measured if nothing stands there; and what is missing."""
     found = statistics.find(results)
-    tables = [(statistics.sentence(found), headline(found)), ("not measured, or not all of it", missing(found))]
+    first = headline(found) if len(found.headline) else measured(found)
+    tables = [(statistics.sentence(found), first), ("not measured, or not all of it", missing(found))]
     return [table for table in tables if len(table[1]) or table is tables[0]]
 
 
 def pictures(found: Findings) -> list[plots.Picture]:
-    """Time and memory of the first screen, then time where other losses and dtypes were measured most."""
-    if found.main is None:
+    """Time and memory of the first screen, then time where other losses and dtypes were measured most.
+
+    None for a single number of classes: it would be a picture of dots, and the table says it.
+    """
+    if found.main is None or found.main.sizes < 2:
         return []
     wanted = [("time", plots.draw_time, found.main), ("memory", plots.draw_memory, found.main)]
     for (loss, dtype), part in statistics.right(found.rows).groupby(["loss", "dtype"], sort=False):
@@ -56,14 +62,17 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
     """What the template shows."""
     rows = found.rows
     used = {number: facts for number, facts in results.runs.items() if number in set(rows["run"].astype(str))}
+    runs = {f"Run {name}, plan {facts['plan']}: {machine.one_line(facts)}": facts for name, facts in used.items()}
     lines = plots.curves(found, found.main) if found.main else []
     fits = [(style["label"], statistics.fits(part)) for part, style in lines if "ours-" not in part["provider"].iloc[0]]
     best = results.ceilings.sort_values("per_second").drop_duplicates(["kind", "dtype"], keep="last")
     return {
         "sentence": statistics.sentence(found), "main": found.main, "headline": headline(found),
         "fits": [(name, end) for name, end in fits if end > 0], "missing": missing(found), "schema": COLUMNS,
-        "runs": {f"Run {name}, plan {facts['plan']}: {machine.one_line(facts)}": facts for name, facts in used.items()},
+        "runs": runs,
         "device": rows["device"].iloc[0] if len(rows) else "cpu", "band": found.compared["band"].median(),
+        "samples": len(results.samples), "machine": [*runs] if results.runs else [NO_RUNS],
+        "out": plots.OUT,
         "settings": statistics.settings(found, swept=False), "swept": statistics.settings(found, swept=True),
         "behind": statistics.behind(found), "errors": errors(found), "ceilings": best,
         "wrong": rows[rows["wrong"] != ""].drop_duplicates(["provider", "loss", "dtype", "wrong"]),
@@ -72,17 +81,34 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
 
 
 def headline(found: Findings) -> pd.DataFrame:
-    """The table of the first screen; columns without a value are left out."""
+    """The table of the first screen; columns without a value are left out, other missing values are dashes."""
+    heads = {(r.title, r.dtype, r.C, r.mode): cost(r.median_s, r.beyond_mb, r.samples)
+             for r in statistics.heads(found).itertuples()}  # fmt: skip
     frame = pd.DataFrame([
-        {"classes": f"{row.C:,}, {row.dtype}", "ours": seconds(row.median_s), "CUDA graph": seconds(row.graph_s),
-         "fastest other": seconds(row.median_s_other) + " (one step)" * (row.samples_other == 1),
-         "its CUDA graph": seconds(row.graph_s_other),
-         "ours is": (times(row.ratio_other) if row.others else "") + ", within noise" * (row.verdict_other == "equal"),
+        {"classes": f"{row.C:,}, {row.dtype}", "mode": statistics.launch(row.mode, found.rows["device"].iloc[0]),
+         "ours": cost(row.median_s, math.nan, row.samples),
+         "fastest other": cost(row.median_s_other, math.nan, row.samples_other),
+         "ours is": "" if pd.isna(row.ratio_other) else
+                    times(row.ratio_other) + ", within noise" * (row.verdict_other == "equal"),
          "which": row.title_other if row.others else f"none: {row.why}",
-         "our memory": megabytes(row.beyond_mb), "its memory": megabytes(row.beyond_mb_other)}
+         "our memory": megabytes(row.beyond_mb), "its memory": megabytes(row.beyond_mb_other),
+         **{title: heads.get((title, row.dtype, row.C, row.mode), "") for title, *_ in heads}}
         for row in found.headline.itertuples()
     ])  # fmt: skip
-    return frame[[name for name in frame if (frame[name] != "").any()]]
+    return frame[[name for name in frame if (frame[name] != "").any()]].replace("", "-")
+
+
+def measured(found: Findings) -> pd.DataFrame:
+    """All that was measured, a line each: where neither ours nor another code to hold it to was."""
+    rows = found.rows[(found.rows["samples"] > 0) & (found.rows["wrong"] == "")]
+    return pd.DataFrame([
+        {"": r.title, "mode": r.mode, "where": where(r), "takes": cost(r.median_s, r.beyond_mb, r.samples)}
+        for r in rows.itertuples()
+    ])  # fmt: skip
+
+
+def where(row: Any) -> str:
+    return f"{row.loss}, {row.dtype}, N={row.N}, D={row.D}, C={row.C:,}"
 
 
 def errors(found: Findings) -> pd.DataFrame:
@@ -99,7 +125,7 @@ def missing(found: Findings) -> pd.DataFrame:
     rows = rows.assign(note=rows["note"].where(rows["wrong"] == "", "WRONG, not ranked: " + rows["wrong"]))
     lines = []
     for (title, note), part in rows.groupby(["title", "note"], sort=False):
-        sizes = [f"{r.loss}, {r.dtype}, N={r.N}, D={r.D}, C={r.C:,}" for r in part.drop_duplicates(SIZE).itertuples()]
+        sizes = [where(r) for r in part.drop_duplicates(SIZE).itertuples()]
         more = f" and {len(sizes) - 2} more" if len(sizes) > 2 else ""
         lines.append({"": title, "why": note, "cases": str(len(part)), "where": "; ".join(sizes[:2]) + more})
     return pd.DataFrame(lines)
@@ -110,7 +136,7 @@ def summary(shown: dict[str, Any], names: list[str]) -> str:
     sections = {
         "Where ours is not ahead": markdown(shown["behind"]), "Settings": markdown(shown["settings"]),
         "Errors against float64": markdown(shown["errors"]), "Not measured, or not all": markdown(shown["missing"]),
-        "Measured on": "\n".join(f"- {run}" for run in shown["runs"]),
+        "Measured on": "\n".join(f"- {run}" for run in shown["machine"]),
     }  # fmt: skip
     pictures = [f"![{name}]({name}.png)" for name in names]
     parts = ["# Speed and memory", shown["sentence"], markdown(shown["headline"]), *pictures]

@@ -26,7 +26,8 @@ LOOK = {
     "liger": ("#2a9d6f", "h"), "cce": ("#7a6fe0", "p"), "quack": ("#44aa99", "d"),
 }  # fmt: skip
 OTHER = ("#999933", "d")  # a user's own head
-GLYPHS = dict(zip("osDPX^v<>*hpd", "●■◆✚✖▲▼◀▶★⬢⬟♦", strict=True)) | {"none": "○"}  # for the page's legend
+GLYPHS = dict(zip("osDPx^v<>*hpd", "●■◆✚✕▲▼◀▶★⬢⬟♦", strict=True)) | {"none": "○"}  # for the page's legend
+OUT = "ran out of memory"  # what a cross on the limit means; no code has that marker
 INK = "#010203"  # of text and axes; the page has its own colour there, light or dark
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "tritonmargin", "legend.fontsize": 8, "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
@@ -88,9 +89,12 @@ def draw_memory(axis: Axes, found: Findings, main: Main) -> None:
         axis.set_ylim(low, 3 * left[0])
         said = f"what W and its gradient leave of {everything['limit_gib'].max():.3g} GiB"
         axis.annotate(said, (classes[0], 1.2 * left[0]), fontsize=8.5, color="gray")
+        label = OUT  # of the first
         for part, style in lines:
             out = part[part["note"].str.contains("out of memory")]
-            axis.plot(out["C"], memory_left(everything, out["C"]).clip(low), "x", color=style["color"], ms=9, mew=2)
+            left = memory_left(everything, out["C"]).clip(low)
+            axis.plot(out["C"], left, "x", color=style["color"], ms=9, mew=2, label=label)
+            label = "_" if len(out) else label
 
 
 def picture(name: str, draw: Callable[[Axes, Findings, Main], None], found: Findings, main: Main) -> Picture | None:

@@ -18,11 +18,18 @@ from perf.report.terminal import markdown, megabytes, seconds
 from perf.suite.results import Results
 
 MARKS = re.compile(r"(<!-- (?:table: |(?=numbers ))([a-z-]+) -->).*?(<!-- end of (?:numbers|table) -->)", re.DOTALL)
-CHUNKS = {"chunk": "classes in a chunk (0: the library's choice)", "milliseconds": "launched, ms",
-          "milliseconds_in_a_graph": "CUDA graph, ms", "beyond_mb": "memory, MB"}  # fmt: skip
+# Columns of the wide tables; docs/performance says what they mean.
+HEADS = {
+    "ours": "ours", "ours-retain": "ours, retained", "ours-sampled": "ours, a tenth",
+    "ours-in-backward": "ours, in backward", "ours-torch": "ours in torch", "ours-compiled": "ours, compiled",
+    "plain": "full logits", "plain-compiled": "full, compiled", "plain-sampled": "full, a tenth", "pml": "pml",
+    "torch-lce": "lce", "torch-lce-chunked": "lce, chunked", "torch-lce-rows64": "lce, 64 rows", "liger": "Liger",
+    "cce": "CCE",
+}  # fmt: skip
 # Title, provider, mode, loss: the lines of both tables, as far as they were measured.
 ROWS = [
-    ("**tritonmargin**", "ours", STEP, "arcface"), ("all logits retained", "ours-retain", STEP, "arcface"),
+    ("**tritonmargin**", "ours", STEP, "arcface"),
+    ("all logits retained (`retain_bytes`)", "ours-retain", STEP, "arcface"),
     ("a tenth of the classes", "ours-sampled", STEP, "arcface"),
     ("W updated in backward", "ours-in-backward", WHOLE, "arcface"),
     ("full logits", "plain", STEP, "arcface"), ("full logits, torch.compile", "plain-compiled", STEP, "arcface"),
@@ -42,9 +49,10 @@ def numbers(cpu: Results, gpu: Results) -> str:
     """The two tables of README, each below a line about its machine and sizes."""
     g, c = (list(each.runs.values())[-1] for each in (gpu, cpu))
     about = f"D={D}, forward and backward, medians; memory beyond W and its gradient"
+    other = ", another version than above" if c["torch"] != g["torch"] else ""
     return "\n\n".join([
         f"{g['gpu']}, torch {g['torch']}, {g['date']}; bfloat16, N=1024, {about}:", markdown(gpu_table(gpu)),
-        f"{c['cpu']}, {c['cores']} cores, torch {c['torch']}, {c['date']}; {about}:", markdown(cpu_table(cpu)),
+        f"{c['cpu']}, {c['cores']} cores, torch {c['torch']}{other}, {c['date']}; {about}:", markdown(cpu_table(cpu)),
     ])  # fmt: skip
 
 
@@ -77,25 +85,35 @@ def filled(results: Results, names: list[str], cells: Callable[..., Iterable[str
     return pd.DataFrame([line for line in lines if any(line[1:])], columns=["", *names])
 
 
-def sizes(results: Results, modes: list[str], said: Callable[[pd.DataFrame], Iterable[str]]) -> pd.DataFrame:
-    """A line for each size at this width, a column for each code."""
+def sizes(results: Results, modes: list[str], said: Callable[[pd.DataFrame], Iterable[str]]) -> str:
+    """A table for each loss: a line for each size at this width, a column for each code that was measured there."""
+    torch = list(results.runs.values())[-1]["torch"]
     rows = right(results.rows[results.rows["mode"].isin(modes) & (results.rows["D"] == D)])
     rows = rows[rows["loss"].isin(["arcface", "softmax"])].sort_values(["loss", "dtype", "N", "C"], kind="stable")
-    rows["line"] = [f"{row.loss}, {row.dtype}, N={row.N}, C={row.C:,}" for row in rows.itertuples()]
-    return pivot(rows, rows["title"] + [", CUDA graph" * (mode in GRAPHS) for mode in rows["mode"]], said(rows), "line")
+    rows = rows.assign(said=[*said(rows)], line=[f"{row.dtype}, N={row.N}, C={row.C:,}" for row in rows.itertuples()])
+    rows["head"] = rows["provider"].replace(HEADS) + [", graph" * (mode in GRAPHS) for mode in rows["mode"]]
+    tables = {loss: pivot(part, part["head"], part["said"], "line") for loss, part in rows.groupby("loss")}
+    return "\n\n".join(f"{loss}, D={D}, torch {torch}:\n\n{markdown(table)}" for loss, table in tables.items())
+
+
+def chunks(path: Path) -> pd.DataFrame:
+    made = pd.read_csv(path)
+    return pd.DataFrame({
+        "classes in a chunk": [f"{chunk:,}" if chunk else "by default" for chunk in made["chunk"]],
+        "launched": (made["milliseconds"] / 1e3).map(seconds),
+        "CUDA graph": (made["milliseconds_in_a_graph"] / 1e3).map(seconds), "memory": made["beyond_mb"].map(megabytes),
+    })  # fmt: skip
 
 
 def rewritten(text: str, cpu: Results, gpu: Results, root: Path) -> str:
     """The text with everything between its marks replaced."""
     tables = {
         "numbers": lambda: numbers(cpu, gpu),
-        "cpu-sizes": lambda: markdown(sizes(cpu, [STEP], lambda rows: rows["median_s"].map(seconds))),
-        "cpu-memory": lambda: markdown(sizes(cpu, [STEP], lambda rows: rows["beyond_mb"].map(megabytes))),
-        "cpu-steps": lambda: markdown(sizes(cpu, [WHOLE], lambda rows: map(cost, rows["median_s"], rows["peak_mb"]))),
-        "gpu-sizes": lambda: markdown(sizes(gpu, [STEP, GRAPH], lambda rows: rows["median_s"].map(seconds))),
-        "gpu-chunks": lambda: markdown(
-            pd.read_csv(root / "reports/gpu-h200/chunks.csv").rename(columns=CHUNKS)[[*CHUNKS.values()]]
-        ),
+        "cpu-sizes": lambda: sizes(cpu, [STEP], lambda rows: rows["median_s"].map(seconds)),
+        "cpu-memory": lambda: sizes(cpu, [STEP], lambda rows: rows["beyond_mb"].map(megabytes)),
+        "cpu-steps": lambda: sizes(cpu, [WHOLE], lambda rows: map(cost, rows["median_s"], rows["peak_mb"])),
+        "gpu-sizes": lambda: sizes(gpu, [STEP, GRAPH], lambda rows: rows["median_s"].map(seconds)),
+        "gpu-chunks": lambda: markdown(chunks(root / "reports/gpu-h200/chunks.csv")),
     }
     return MARKS.sub(lambda found: f"{found[1]}\n\n{tables[found[2]]()}\n\n{found[3]}", text)
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from perf.providers.base import GRAPHS, STEP, WHOLE
 from perf.report.terminal import digits, megabytes, seconds
-from perf.suite.plans import BASELINE
+from perf.suite.plans import BASELINE, EVERYONE, ON_GPU
 from perf.suite.results import KEY, Results
 
 SURE = 3.0  # standard errors of a median that a difference has to exceed
@@ -90,14 +90,15 @@ def versus_ours(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with ours of the same size, mode and work (none where ours is wrong), and the verdict on ours.
 
     The ratio is that of the two times as they are shown; the median ratio within the rounds has to agree with it.
+    Where one of the two has a single step, a cold one, there is no ratio.
     """
     key = [*CASE, "work"]
     ours = right(rows[rows["provider"].isin(["ours", "ours-sampled"])]).drop_duplicates(key)
-    ours = ours[[*key, "median_s", "beyond_mb"]].rename(columns={"median_s": "ours_s", "beyond_mb": "ours_mb"})
-    graph = right(rows[rows["mode"].isin(GRAPHS)])[[*KEY, "median_s"]].rename(columns={"median_s": "graph_s"})
-    rows = rows.merge(ours, "left", key).merge(graph.assign(mode=graph["mode"].map(GRAPHS)), "left", KEY)
+    ours = ours[[*key, "median_s", "samples"]].rename(columns={"median_s": "ours_s", "samples": "ours_samples"})
+    rows = rows.merge(ours, "left", key)
+    rows.loc[(rows[["samples", "ours_samples"]] == 1).any(axis=1), "band"] = math.inf
     shown = rows[["median_s", "ours_s"]].map(lambda value: float(f"{value:.3g}"))
-    rows["ratio"] = shown["median_s"] / shown["ours_s"]
+    rows["ratio"] = (shown["median_s"] / shown["ours_s"]).where(rows["band"] != math.inf)
     both, known = rows[["ratio", "times_ours"]].astype(float), rows["band"].map(math.isfinite).astype(bool)
     rows["verdict"] = pd.Series("equal", rows.index).where(known, "unknown")
     rows.loc[known & (both.min(axis=1) > 1.0 + rows["band"]), "verdict"] = "faster"
@@ -125,16 +126,31 @@ def at(rows: pd.DataFrame, main: Main) -> pd.DataFrame:
 
 
 def headline(rows: pd.DataFrame, main: Main) -> pd.DataFrame:
-    """Ours and the fastest other code of the same work, at the six sizes where most others were measured."""
-    key, here = ["dtype", "C"], at(rows, main)
-    here = here[(here["mode"] == main.mode) & (here["work"] == "all classes")]
+    """Ours and the fastest other code of the same work, at every size and mode where one of them was measured.
+
+    The modes are the main one and its CUDA graph: each is compared with itself alone.
+    """
+    key, here = ["dtype", "C", "mode"], at(rows, main)
+    here = here[(here["mode"].replace(GRAPHS) == GRAPHS.get(main.mode, main.mode)) & (here["work"] == "all classes")]
     ours, theirs = here[here["provider"] == "ours"], here[~here["provider"].str.startswith("ours")]
     others = right(theirs).sort_values("median_s")
     counts = others.groupby(key).size().rename("others").reset_index()
-    why = theirs[theirs["note"] != ""].drop_duplicates(key)[[*key, "note"]].rename(columns={"note": "why"})
-    made = right(ours).merge(others.drop_duplicates(key), "left", key, suffixes=("", "_other"))
-    made = made.merge(counts, "left", key).merge(why, "left", key).fillna({"others": 0, "why": "not measured"})
-    return made.sort_values(["others", "C"], ascending=False, kind="stable").head(6).sort_values(key)
+    said = theirs.assign(why=theirs["note"].where(theirs["wrong"] == "", "wrong, not ranked"))
+    why = said[said["why"] != ""].drop_duplicates([*key, "why"]).groupby(key)["why"].agg("; ".join).reset_index()
+    made = right(ours).merge(others.drop_duplicates(key), "outer", key, suffixes=("", "_other"))
+    made = made.merge(counts, "left", key).merge(why, "left", key)
+    return made.fillna({"others": 0, "why": "no other code was measured"}).sort_values(key)
+
+
+def heads(found: Findings) -> pd.DataFrame:
+    """The rows of somebody's own heads, where the first screen is about."""
+    rows = right(at(found.rows, found.main) if found.main else found.rows)
+    return rows[~rows["provider"].isin([*EVERYONE, *ON_GPU]) & ~rows["provider"].str.startswith("ours")]
+
+
+def launch(mode: str, device: str) -> str:
+    """How a step gets to the GPU; nothing on a CPU."""
+    return "CUDA graph" if mode in GRAPHS else "launched" if device == "cuda" else ""
 
 
 def memory_left(rows: pd.DataFrame, classes: Any) -> Any:
@@ -203,8 +219,8 @@ def behind(found: Findings) -> pd.DataFrame:
 
 def sentence(found: Findings) -> str:
     """The answer: how many comparisons went which way, and the times where most others were measured."""
-    counts, total = found.compared["verdict"].value_counts(), len(found.compared)
-    if found.main is None:
+    counts, total, main = found.compared["verdict"].value_counts(), len(found.compared), found.main
+    if main is None:
         return "Nothing could be measured. Why is below."
     if not total:
         said = "Nothing was compared with other code."
@@ -215,12 +231,16 @@ def sentence(found: Findings) -> str:
         faster, slower, equal = (counts.get(name, 0) for name in ("faster", "slower", "equal"))
         said = (f"tritonmargin is faster in {faster} of {total} comparisons with code that does the same work, slower "
                 f"in {slower}, and within noise in {equal}.")  # fmt: skip
-    if found.headline.empty:
+    lines = found.headline[found.headline["median_s"].notna()]
+    if lines.empty:
         return said
-    drawn = found.headline[found.headline["dtype"] == found.main.dtype]  # what the pictures show, if it is there
-    line = (found.headline if drawn.empty else drawn).sort_values(["others", "C"], kind="stable").iloc[-1]
-    graph = f" ({seconds(line['graph_s'])} in a CUDA graph)" if pd.notna(line["graph_s"]) else ""
-    theirs = cost(line["median_s_other"], line["beyond_mb_other"])
-    other = f". The fastest other, {line['title_other']}: {theirs}" if line["others"] else ""
-    return (f"{said} A step at {line['C']:,} classes, N={line['N']}, D={line['D']}, {line['dtype']}: "
-            f"{seconds(line['median_s'])}{graph}, {megabytes(line['beyond_mb'])}{other}.")  # fmt: skip
+    drawn = lines[lines["dtype"] == main.dtype]  # what the pictures show, if it is there
+    drawn = (lines if drawn.empty else drawn).assign(known=lines["ratio_other"].notna())
+    most = drawn.sort_values(["known", "others", "C"], kind="stable").iloc[-1]
+    said += f" A step at {most['C']:,} classes, N={main.n}, D={main.d}, {most['dtype']}"
+    for line in lines[(lines[["dtype", "C"]] == most[["dtype", "C"]]).all(axis=1)].itertuples():
+        how = {"CUDA graph": " In a CUDA graph", "launched": ", launched"}.get(launch(line.mode, line.device), "")
+        said += f"{how}: {cost(line.median_s, line.beyond_mb, line.samples)}."
+        if pd.notna(line.ratio_other):
+            said += f" The fastest other, {line.title_other}: {cost(line.median_s_other, line.beyond_mb_other)}."
+    return said

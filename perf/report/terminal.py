@@ -37,8 +37,8 @@ def megabytes(value: float) -> str:
 
 
 def is_words(column: pd.Series) -> bool:
-    """Whether a column is aligned to the left: not all of it are numbers."""
-    return not column.astype(str).str.match(r"-?\d|$").all()
+    """Whether a column is aligned to the left: not all of it are numbers or dashes."""
+    return not column.astype(str).str.match(r"-?\d|-?$").all()
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -137,12 +137,15 @@ class Plan(NamedTuple):
         can = {case.provider for grid in self.grids for case in grid.cases()}
         for grid in self.grids:
             anyone = can and set(PEERS) <= set(grid.providers)  # those of them who can
-            for name in set(grid.providers) - can - set(EVERYONE if anyone else ()):
-                kind, parts = class_of(name), ("losses", "dtypes", "modes")
-                asked, has = ("; ".join(", ".join(getattr(each, part)) for part in parts) for each in (grid, kind))
-                needs_gpu = grid.device == "cpu" and {"tf32", *GRAPHS} & {*grid.dtypes, *grid.modes}
-                gpu = "; TF32 and CUDA graphs need a GPU" if needs_gpu else ""
-                raise ValueError(f"{name} can do nothing of what is asked ({asked}): it does {has}{gpu}")
+            for name in [name for name in grid.providers if name not in can | set(EVERYONE if anyone else ())]:
+                kind, needs_gpu, said = class_of(name), {"tf32", *GRAPHS} if grid.device == "cpu" else set(), []
+                for option, part in {"losses": "losses", "dtype": "dtypes", "modes": "modes"}.items():
+                    asked, does = getattr(grid, part), [each for each in getattr(kind, part) if each not in needs_gpu]
+                    if not {*asked} & {*does}:
+                        use = f": use --{option} {STEP if STEP in does else does[0]}" if does else ""
+                        said.append(f"it does {', '.join(does) or f'no {part}'}, not {', '.join(asked)}{use}")
+                        said += ["TF32 and CUDA graphs need a GPU, --device cuda"] if {*asked} & needs_gpu else []
+                raise ValueError(f"{name} can do nothing of what is asked: {'; '.join(said)}")
 
     def blocks(self) -> dict[Problem, list[Case]]:
         """The cases of a size together, small sizes first: what is known of them says what large ones will take."""

@@ -55,8 +55,10 @@ FILES = {
     "samples.csv.gz": [*KEY, "round", "position", "seconds", "run"],
     "ceilings.csv": ["kind", "dtype", "per_second", "unit", "run"],
 }
+MEND = "delete it, or choose another folder"
 NOT_BEGUN = "not begun"  # how the note of a case starts whose run was out of time
 TEXT = ("wrong", "note", "position", "run", "title", "work")
+WORDS = {*TEXT, "loss", "dtype", "device", "provider", "mode", "kind", "unit"}  # all other columns hold numbers
 # Times of two of them are no comparison.
 MACHINE = ("cpu", "instruction_set", "caches", "cores", "threads", "torch", "gpu", "device")
 
@@ -74,24 +76,27 @@ class Results(NamedTuple):
 
 
 def load(folder: Path) -> Results:
-    """What a folder holds, with empty tables for what is missing; ValueError for a file that was cut short."""
+    """What a folder holds, with empty tables for what is missing; ValueError for a file that no run leaves."""
 
     def table(name: str) -> pd.DataFrame:
         path = folder / name
         if path.suffix == ".csv" and path.exists() and not path.read_bytes().endswith(b"\n"):
-            raise ValueError(f"{name} is empty or ends in the middle of a line; delete it, or choose another folder")
+            raise ValueError(f"{name} is empty or ends in the middle of a line; {MEND}")
         try:
             frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
         except (FileNotFoundError, pd.errors.EmptyDataError):
             return pd.DataFrame(columns=FILES[name])
-        if lacks := {*FILES[name][:12]} - {*frame.columns}:
-            raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacks))}")
+        if lacks := {*FILES[name]} - {*frame.columns}:
+            raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacks))}; {MEND}")
+        for column in sorted({*FILES[name]} - WORDS) if len(frame) else ():
+            if not pd.api.types.is_numeric_dtype(frame[column]):
+                raise ValueError(f"{name} has words in {column}, a column of numbers; {MEND}")
         return frame.fillna({column: "" for column in ("wrong", "note", "position") if column in frame})
 
     path = folder / "runs.json"
     runs = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(runs, dict):
-        raise ValueError("runs.json is not what a run leaves")
+    if not isinstance(runs, dict) or not all(isinstance(each, dict) for each in runs.values()):
+        raise ValueError(f"runs.json is not what a run leaves; {MEND}")
     return Results(*map(table, FILES), runs)
 
 

@@ -25,10 +25,8 @@ from perf.suite.worker import Failed, Worker
 # Two implementations of one loss differ by rounding, and not by more than this.
 AGREE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 3e-2, "float16": 3e-2, "tf32": 1e-2}
 PAUSE = 0.002  # seconds: threads that wait for work of another process spin a little before they sleep
-COMPILING, PREPARING = (
-    300.0,
-    60.0,
-)  # seconds that a first step may take where it compiles, a check or W's copy elsewhere
+# Seconds that a first step may take where it compiles, a check or W's copy elsewhere.
+COMPILING, PREPARING = 300.0, 60.0
 
 
 class History(dict[tuple[str, str, str], list[tuple[Problem, float]]]):
@@ -75,6 +73,7 @@ class Rounds:
     def __init__(self, budget: Budget, threads: int) -> None:
         self.budget, self.threads, self.history = budget, threads, History()
         self.checks: dict[tuple[str, str, str, int], Row] = {}  # of a provider's loss, dtype and width: its errors
+        self.hung: dict[str, str] = {}  # who ran out of time before its first step, and why it is not run again
 
     def measure(self, cases: list[Case], progress: Callable[[str], None]) -> Block:
         """A row for every case of one size, measured or with the reason why not; a case that fails never raises."""
@@ -109,7 +108,7 @@ class Rounds:
         self.progress("compiling")
         modes: dict[str, list[str]] = {}
         for case in cases:
-            if class_of(case.provider) is not None and not self.too_long(case):
+            if class_of(case.provider) is not None and case.provider not in self.hung and not self.too_long(case):
                 modes.setdefault(case.provider, []).append(case.mode)
         for name, own in modes.items():
             self.workers[name] = Worker(name, self.threads)
@@ -126,6 +125,9 @@ class Rounds:
             missing = [] if class_of(name) else [f"{file}: {why}" for file, why in discover().skipped.items()]
             self.notes[name] = "; ".join(missing) or str(error)
             return
+        if name in self.hung:
+            self.notes[name] = self.hung[name]
+            return
         worker = self.alive(name)
         try:
             patience = COMPILING if class_of(name).compiles or self.problem.on_gpu else PREPARING
@@ -133,15 +135,15 @@ class Rounds:
             if why is None:
                 if name != BASELINE:
                     self.errors[name] = self.check(worker, patience)
-                worker = self.alive(name)
-                if "stopped after" not in self.errors.get(name, {}).get("wrong", ""):
-                    worker.ask("prepare", self.problem, files, timeout=patience)
-                else:
-                    why = self.errors[name]["wrong"]
+                if "stopped after" in self.errors.get(name, {}).get("wrong", ""):
+                    raise Failed(self.errors[name]["wrong"])
+                self.alive(name).ask("prepare", self.problem, files, timeout=patience)
         except Failed as failure:
             why = str(failure)
         if why is not None:
             self.notes[name] = why
+            if "stopped after" in why:
+                self.hung[name] = f"not run: {why}, at {self.problem.title}"
             self.workers.pop(name).stop()
 
     def alive(self, name: str) -> Worker:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from perf.providers import fingerprints
 from perf.suite import ceilings, results
 from perf.suite.plans import Case, Plan, Row
 from perf.suite.problem import Problem
@@ -24,14 +25,20 @@ def run_plan(
 ) -> Results:
     """Measure what `folder` does not hold yet. KeyboardInterrupt leaves whole results.
 
-    With `fresh` everything is measured; what was there stays until the new row is there. Raises ValueError for another
-    machine's folder.
+    With `fresh` everything is measured; what was there stays until the new row is there. The rows of a head of your own
+    whose file was edited go at once. Raises ValueError for another machine's folder.
     """
     if other := results.another_machine(folder, facts):
         raise ValueError(f"{folder} holds results of another machine: {other}")
     held, begin = results.load(folder), time.monotonic()
-    rows = {results.key_of(row): row for row in held.rows.to_dict("records")}
-    samples = held.samples.to_dict("records")
+    heads = fingerprints()
+
+    def current(line: Row) -> bool:
+        name, before = str(line["provider"]), held.runs.get(str(line["run"]), {})
+        return name not in heads or before.get("heads", {}).get(name) == heads[name]
+
+    rows = {results.key_of(row): row for row in filter(current, held.rows.to_dict("records"))}
+    samples = [*filter(current, held.samples.to_dict("records"))]
 
     def again(row: Row) -> bool:
         """Also what was left out for a step's time, if this plan has more of it."""
@@ -44,7 +51,7 @@ def run_plan(
     if not left:
         return held
     number = str(max(map(int, held.runs), default=0) + 1)
-    held.runs[number] = {**facts, "longest": plan.budget.longest}
+    held.runs[number] = {**facts, "longest": plan.budget.longest, "heads": heads}
     progress(0.0, "the machine's ceilings")
     dtypes, device = sorted({problem.dtype for problem in left}), next(iter(left)).device
     best = [{**line, "run": number} for line in ceilings.measure(dtypes, device, hasty=facts.get("plan") == "tiny")]

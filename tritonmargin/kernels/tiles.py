@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LEAST, MOST, SHARE = 64 << 20, 512 << 20, 128  # see default_chunk
-
 
 class Tiles(NamedTuple):
     """One tile of logits, how it is computed, and how many programs share the tiles."""
@@ -28,7 +26,6 @@ class Tiles(NamedTuple):
     descriptors: bool  # whether the tensor memory accelerator loads them
     programs: int  # of a persistent grid; 0: one program per tile
     registers: int  # that the compiler may use per thread, so that another block fits; 0: as many as it wants
-    specialised: bool  # whether warps share the work by its kind, so that a block alone overlaps product and epilogue
 
 
 class Device(NamedTuple):
@@ -48,7 +45,7 @@ def pick_tiles(
     """
     lowest = 16 if n <= 16 else 64 if n <= 64 else 128
     if by_library(dtype, precision) and target != "interpreter":
-        return Tiles(min(64, lowest), 64, 16, 4, 1, False, 0, 0, False)
+        return Tiles(min(64, lowest), 64, 16, 4, 1, False, 0, 0)
     line = table()[f"{family(target)} {'tf32' if dtype == torch.float32 else 'bfloat16'}"]
     block_n, block_d = min(line["block_n"], lowest), min(line["block_d"], max(16, next_power(d)))
     rounds = (d + block_d - 1) // block_d
@@ -60,10 +57,8 @@ def pick_tiles(
         warps=line["warps"] if block_n >= 64 else 4,
         stages=min(line["stages"], rounds + 1),  # of this tile and the next one: more leave no room for another block
         descriptors=line["descriptors"],
-        # Low tiles are multiplied by the warps themselves: nothing to share, and room for another block.
-        programs=(line["programs_per_processor"] + (line["specialised"] and block_n < 64)) * processors,
-        registers=line["registers"],
-        specialised=line["specialised"] and block_n >= 64,
+        programs=line["programs_per_processor"] * processors,
+        registers=line["registers"] if block_n >= 64 else 0,  # that limit is for so many warps
     )
 
 
@@ -74,28 +69,6 @@ def by_library(dtype: torch.dtype, precision: str) -> bool:
     products of ours took 21.7 ms where full logits with cuBLAS's took 11.7 (reports/gpu-h200/README.md, C = 100,000).
     """
     return dtype == torch.float32 and precision == "ieee"
-
-
-def default_chunk(device: Device, dtype: torch.dtype, n: int, d: int, classes: int) -> int:
-    """How many classes to walk at a time.
-
-    A chunk takes memory for the logits' tile, the prepared rows and the gradient rows, (N + 2 D) numbers a class, and
-    the CPU's time for eight launches, which a fast GPU waits for where chunks are small. On an H200 (N = 1024,
-    D = 512, C = 10^6, bfloat16; reports/gpu-h200) chunks that stay in the cache were the slowest, launched one by one
-    and in a CUDA graph: dL/dz through main memory costs less than more and smaller products. So chunks are as large as
-    memory is cheap: a quarter of the classes, but no less than `LEAST` bytes, and no more than `MOST` or a `SHARE`th of
-    the GPU's memory; rounded down to whole waves of tiles (every processor has the same number of them), or to whole
-    tiles where no wave fits. float32's waves are of its own tile, also where it is multiplied as TF32: backward may see
-    another setting than forward.
-    """
-    tile = pick_tiles(device.target, dtype, n, d, 1 << 20, device.processors)
-    across = max(1, (n + tile.block_n - 1) // tile.block_n)
-    programs = tile.programs or 2 * device.processors
-    wave = max(1, programs // across) * tile.block_c
-    per_class = (n + 2 * d) * dtype.itemsize
-    fitting = min(MOST, device.memory // SHARE, max(LEAST, per_class * classes // 4)) // per_class
-    unit = wave if fitting >= wave else tile.block_c
-    return max(1, fitting // unit) * unit
 
 
 def row_block(d: int) -> tuple[int, int, int]:
@@ -132,7 +105,7 @@ def table() -> dict[str, dict[str, Any]]:
     found = json.loads(Path(__file__).with_name("tiles.json").read_text())
     # A program of the interpreter costs the same at any size.
     whole = dict(block_n=16, block_c=64, block_d=64, warps=4, stages=2, descriptors=False)
-    whole |= dict(programs_per_processor=0, registers=0, specialised=False)
+    whole |= dict(programs_per_processor=0, registers=0)
     return found | {f"interpreter {kind}": whole for kind in ("tf32", "bfloat16")}
 
 

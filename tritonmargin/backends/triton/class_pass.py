@@ -361,6 +361,8 @@ def finish(
     if kind.hardest is not None:
         hardest = (kind.hardest.position, kind.hardest.product, kind.hardest.gradient, (1, 1))
     grad_bias = None if kind.grad_bias is None else (kind.grad_bias, True if kind.own_bias else None)
+    # Each of these would spill beside as much of the tile as plain gradients leave in the registers.
+    more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias, hardest))
     call(
         finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
         (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest), kind.upstream,
@@ -369,7 +371,7 @@ def finish(
         (stride_p, plan.line_d, weight.stride(), 0 if out is None else out.stride(0), x.stride()), spec.scale, seed,
         KIND=(plan.d, spec.unit_weight, spec.unit_embeddings, made, spec.unit_weight and plan.copied, by_ids,
               kind.norms[1], update is not None and update.seed is not None, (use, plan.precision)),
-        RULE=rule, TILE=tile.shape, SPLIT=tile.finer(rule is not None), **tile.options(),
+        RULE=rule, TILE=tile.shape, SPLIT=tile.finer(more), **tile.options(),
     )  # fmt: skip
     if update is not None:
         update.touched = True
