@@ -1,7 +1,5 @@
 """The commands. Exit codes: 0, 1 for a result that is worse than asked for, 2 for a mistake on the command line."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import signal
 import sys
@@ -23,12 +21,7 @@ from perf.report.terminal import boxed, console
 from perf.suite import machine, plans, results, runner
 from perf.suite.problem import LOSSES
 
-app = typer.Typer(
-    help="Speed and memory of tritonmargin versus other code.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer carry themselves
 LOCAL, REPORTS = Path("perf-results"), Path("reports")
 
@@ -107,10 +100,7 @@ def version(asked: bool) -> None:
 def options(
     _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="print it and exit")] = False,
 ) -> None:
-    pass
-
-
-# -- measure -----------------------------------------------------------------------------------------------------
+    """Speed and memory of tritonmargin versus other code."""
 
 
 @app.command()
@@ -148,13 +138,13 @@ def run(
         heads = tuple(found_providers.load_file(each) for each in provider or ())
         chosen = plans.PLANS[name]
         if any((*sizes.values(), dtype, losses, providers, modes)):
-            name = name if tiny or quick or full or plan != "default" else "grid"
+            name = "grid" if name == "default" else name
             grid = plans.custom_grid(
                 **{name: tuple(map(number, words(given))) for name, given in sizes.items()}, dtypes=words(dtype),
                 losses=words(losses), providers=(*words(providers), *heads) if providers else (), modes=words(modes),
             )  # fmt: skip
             chosen = chosen._replace(grids=(grid,))
-        chosen = chosen.limited(longest, minutes).on(device, others=not providers).with_providers(heads)
+        chosen = chosen.limited(longest, minutes).on(device, not providers, heads)
         chosen.check()
     if threads:
         torch.set_num_threads(threads)
@@ -248,9 +238,6 @@ def readme() -> None:
     console.print("written" if changed else "as it was")
 
 
-# -- count -------------------------------------------------------------------------------------------------------
-
-
 @app.command()
 def check(
     update: Annotated[bool, typer.Option("--update", help="write the counts as the new ones")] = False,
@@ -280,9 +267,6 @@ def step_ops() -> None:
 
     with usage():
         boxed(ops.table(), "a training step, as the CPU sees it; host_us: microseconds with launches stubbed")
-
-
-# -- kernels -----------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -353,9 +337,6 @@ def gate(
         passed = gates.run(out, minutes, dry_run, progress)
     console.print(f"wrote {out}: {'every step done' if passed else 'not every step done'}")
     raise typer.Exit(0 if passed else 1)
-
-
-# -- plan --------------------------------------------------------------------------------------------------------
 
 
 @app.command()

@@ -2,17 +2,8 @@
 
 Steps one after another, each a process with a time limit, its output in DIR/NAME.log and its result a line of
 DIR/gate.json. A step that fails is a line too, and the rest goes on. Called again, the gate keeps what is done.
-
-    accuracy      loss and gradients versus float64, beside plain torch in the same dtype (errors.csv)
-    kernel tests  tests/kernels on this GPU
-    run           `python -m perf run --plan gpu`: results.csv and the page; it goes on where it was
-    audit         registers, spills and shared memory of the kernels for this GPU, at one width (kernels.csv)
-    loss tests    the losses' own tests on this GPU, in the time that is left
-
 `--dry-run` shows without a GPU that the gate works: kernels executed by ttsem, the run on the CPU, all at tiny sizes.
 """
-
-from __future__ import annotations
 
 import contextlib
 import importlib.util
@@ -50,27 +41,23 @@ class Step(NamedTuple):
 def steps(out: Path, dry: bool) -> list[Step]:
     few = ("tests/kernels", "-k", "few_launches or grids_and_loads")
     fewer = ("tests/test_failures.py", "-k", "first_chunk_that_holds and softmax")
-    kernels = ("tests/kernels", "-m", "not slow", *side_by_side())
-    losses = (*(f"tests/test_{name}.py" for name in LOSSES), "-m", "not slow", *side_by_side())
+    # Most of a test on a GPU is the compilation of its kernels, on one core.
+    workers = str(min(12, os.cpu_count() or 1))
+    beside = ("-n", workers, "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
+    kernels = ("tests/kernels", "-m", "not slow", *beside)
+    losses = (*(f"tests/test_{name}.py" for name in LOSSES), "-m", "not slow", *beside)
     machine = {"TRITONMARGIN_TESTS": "ttsem-90" if dry else "cuda"}
     tiny = ("--classes", "300", "--dim", "16", "--batch", "8", "--providers", "ours,plain,ours-sampled")
     plan = ("tiny", *tiny) if dry else ("gpu", "--device", "cuda")
     audit = ("--target", "sm_90" if dry else target(), "--dtype", "bfloat16", "--d", "64" if dry else "512")
     check = f"from pathlib import Path; from perf import gate; gate.check_accuracy(Path({str(out)!r}), {dry})"
     return [
-        Step("accuracy", 0.15, ("-c", check)),
+        Step("accuracy", 0.15, ("-c", check)),  # versus float64, beside plain torch in the same dtype: errors.csv
         Step("kernel tests", 0.35, ("-m", "pytest", *(few if dry else kernels)), machine),
         Step("run", 0.88, ("-m", "perf", "run", "--out", str(out), "--plan", *plan)),
         Step("audit", 0.95, ("-m", "perf", "audit", "--out", str(out), *audit)),
         Step("loss tests", 1.0, ("-m", "pytest", *(fewer if dry else losses)), machine),
     ]
-
-
-def side_by_side() -> tuple[str, ...]:
-    """Most of a test on a GPU is the compilation of its kernels, on one core."""
-    if importlib.util.find_spec("xdist") is None:
-        return ()
-    return ("-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup")
 
 
 def target() -> str:

@@ -21,10 +21,10 @@ if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
 from test_kernels import broken, with_tiles
+from tritonmargin.kernels.triton_ops import Running, Shares
 
 from tritonmargin.backends import registry as kernels
 from tritonmargin.kernels import triton_ops
-from tritonmargin.kernels.triton_ops import Running, Shares
 from tritonmargin.kernels.updates import RowUpdate
 
 LINE = (1 << 30) + 16

@@ -33,12 +33,12 @@ TIMES = {"ours": 1.0, "ours-retain": 0.8, "plain": 2.0, "pml": 3.0}  # of a step
 
 def made(
     times: dict[str, float] = TIMES, loss: str = "arcface", dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    modes: tuple[str, ...] = (STEP, WHOLE), scatter: float = 0.001, noise: float = 0.0, rounds: int = 6,
-    facts: dict[str, Any] = CPU, **changed: Any,
+    modes: tuple[str, ...] = (STEP, WHOLE), sizes: Any = (10_000, 100_000, 1_000_000), scatter: float = 0.001,
+    noise: float = 0.0, rounds: int = 6, facts: dict[str, Any] = CPU, **changed: Any,
 ) -> Results:  # fmt: skip
     """Steps of 0.123 us a class times `times`. Others scatter beside ours, all by `noise`; `changed`: of the others."""
     rows, samples = [], []
-    for dtype, c, mode in itertools.product(dtypes, (10_000, 100_000, 1_000_000), modes):
+    for dtype, c, mode in itertools.product(dtypes, sizes, modes):
         size = {"dtype": dtype, "C": c, "loss": loss, "device": facts["device"], "run": "1"}
         for name, factor in {**times, BASELINE: 0.3}.items():
             taken, own = 1.23e-7 * c * factor, "ours" in name
@@ -82,7 +82,6 @@ def test_the_first_screen_answers_and_the_rest_is_linked(tmp_path: Path) -> None
     assert not re.search(r'(src|href)="http|@import|url\(http', text), "one file, and nothing to fetch"
     assert "faster in 24 of 24 comparisons" in text
     assert "1,000,000 classes, N=256, D=512, float32: 123 ms, 14.3 MB. The fastest other, plain: 246 ms, 20 GB." in text
-    assert len(first_table(text)) == 6
     assert {path.name for path in tmp_path.iterdir()} >= {"time.png", "memory.png"}
     assert "24 of 24" in (tmp_path / "summary.md").read_text()
     assert str(tmp_path) not in text
@@ -94,8 +93,8 @@ def test_the_first_screen_answers_and_the_rest_is_linked(tmp_path: Path) -> None
 @pytest.mark.parametrize("theirs", [0.5051, 0.9949, 1.0051, 1.117, 3.3333])
 def test_a_ratio_is_that_of_the_times_beside_it(tmp_path: Path, theirs: float) -> None:
     """Whatever the median ratio within the rounds: who looks at two times divides them."""
-    shown = page.headline(statistics.find(made({"ours": 1.0, "plain": theirs}, times_ours=theirs * 1.02)))
-    for row in shown.to_dict("records"):
+    found = statistics.find(made({"ours": 1.0, "plain": theirs}, times_ours=theirs * 1.02))
+    for row in page.headline(found, found.headline).to_dict("records"):
         values = [float(row[name].split()[0]) / (1e3 if "ms" in row[name] else 1) for name in ("ours", "fastest other")]
         assert row["ours is"].startswith(f"{terminal.digits(max(values) / min(values))}x")
         assert ("faster" in row["ours is"]) == (values[1] >= values[0])
@@ -140,7 +139,8 @@ def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
     found, note = made(dtypes=("float32", "bfloat16", "float16")), "out of memory: 9 GB"
     assert "ran out of memory" not in written(tmp_path, found)
     text = written(tmp_path, but(found, "C == 1000000 and provider != 'ours'", samples=0, note=note))
-    assert [row["which"] for row in first_table(text)] == 3 * ["plain", "plain", f"none: {note}"]
+    out = f"none: {note}"  # of bfloat16, float16 and float32; the last is the main one
+    assert [row["which"] for row in first_table(text)] == ["plain", out, out, "plain", "plain", out]
     assert "A cross on the grey line" in text
     nothing = found.rows.assign(samples=0, note=note, median_s=math.nan)
     for rows in (nothing, nothing.iloc[:0]):
@@ -148,6 +148,21 @@ def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
         assert "Nothing could be measured" in written(tmp_path, none)
         assert page.on_terminal(none)[0][0].startswith("Nothing could be measured")
     assert "Nothing was compared" in written(tmp_path, made({"ours": 1.0}))
+
+
+def test_the_first_table_has_six_lines_at_most_and_all_stand_below(tmp_path: Path) -> None:
+    """The sentence's size is there and those far from it, each in all its modes; the pictures' dtype before others."""
+    sizes = 10_000, 12_000, 30_000, 100_000, 110_000, 300_000, 1_000_000, 1_100_000
+    many = made(dtypes=("float32",), modes=(STEP,), sizes=sizes)
+    on_gpu = but(made(modes=(STEP, GRAPH), facts=GPU), "dtype == 'float32' and C == 10000")
+    for found, dtype, classes, total, said in (
+        (but(many, "provider != 'ours' and C != 110000"), "float32", {*sizes} - {100_000, 1_000_000}, 8, "2 of 2"),
+        (on_gpu, "bfloat16", [10_000, 100_000, 1_000_000] * 2, 10, "20 of 20"),
+    ):  # fmt: skip
+        text = written(tmp_path, found)
+        assert f"in {said} comparisons" in text
+        assert [row["classes"] for row in first_table(text)] == [f"{c:,}, {dtype}" for c in sorted(classes)]
+        assert len(first_table(text.partition("at all its sizes")[2])) == total
 
 
 def test_other_losses_own_heads_and_runs_without_ours_are_shown(tmp_path: Path) -> None:
@@ -236,9 +251,8 @@ def test_compare_and_report_commands(tmp_path: Path) -> None:
         results.save(tmp_path / name, found)
     results.save(tmp_path / "d", made()._replace(rows=made().rows.iloc[1:]))
     a, b, c, d = (str(tmp_path / name) for name in "abcd")
-    assert CliRunner().invoke(app, ["compare", a, a]).exit_code == 0
-    assert CliRunner().invoke(app, ["compare", a, b]).exit_code == 1
-    assert CliRunner().invoke(app, ["compare", str(tmp_path), a]).exit_code == 2
+    for code, two in enumerate(((a, a), (a, b), (str(tmp_path), a))):
+        assert CliRunner().invoke(app, ["compare", *two]).exit_code == code
     assert "machines: times are comparable" in CliRunner().invoke(app, ["compare", a, c]).output
     assert "1 cases are not in" in " ".join(CliRunner().invoke(app, ["compare", a, d]).output.split())
     assert "24 of 24" in CliRunner().invoke(app, ["report", a]).output

@@ -1,10 +1,8 @@
 """The competitors, found by looking into this folder.
 
-A file names its classes in `PROVIDERS`. A file whose package is not installed is skipped, with the reason. A provider
+Every subclass of `Provider` with a name is one. A file whose package is not installed is skipped, with the reason. One
 with options is also asked for as `name:option=value`, e.g. `ours:retain=0.5`. `load_file` adds somebody's own class.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -31,7 +29,8 @@ def discover() -> Found:
     for file in pkgutil.iter_modules(__path__):
         try:
             module = importlib.import_module(f"{__name__}.{file.name}")
-            providers |= {kind.name: kind for kind in getattr(module, "PROVIDERS", ())}  # base.py has none
+            kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Provider)]
+            providers |= {kind.name: kind for kind in kinds if "name" in vars(kind)}  # base classes have none
         except ImportError as error:
             skipped[file.name] = str(error)
     return Found(providers, skipped)

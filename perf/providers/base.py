@@ -1,21 +1,11 @@
-"""What a competitor is: a subclass of `Provider`, or a small class of your own in any file.
+"""What a competitor is: a subclass of `Provider`, or a small class of your own in any file (examples/my_head.py).
 
-A head of your own is measured beside the others with `--provider my_head.py:MyHead` (examples/my_head.py):
-
-    class MyHead:
-        name = "my-head"                # in tables; without ':' and ','
-        losses = ("cosface",)           # what it computes: perf.suite.problem.margin_of has the numbers
-        dtypes = ("float32",)           # optional; default float32, bfloat16, float16
-        title = "my head"               # optional; what tables call it
-
-        def make(self, problem, x, weight, target): ...   # once a size: keep these tensors
-        def step(self): return loss                       # the forward pass: a scalar
-
-x [N, D] and weight [C, D] are leaves that record gradients, target [N] is int64. The suite calls backward, sets the
-gradients to None between steps, and checks loss and gradients against float64 first, like everyone's.
+Yours has a `name` without ':' and ',', `losses` (perf.suite.problem.margin_of has their numbers), and where it likes
+`dtypes` (else float32, bfloat16, float16) and a `title` for tables. `make(problem, x, weight, target)` is called once a
+size and keeps these tensors; `step()` is the forward pass and returns the loss, a scalar. x [N, D] and weight [C, D]
+are leaves that record gradients, target [N] is int64. The suite calls backward, sets the gradients to None between
+steps, and checks loss and gradients against float64 first, like everyone's.
 """
-
-from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
@@ -52,14 +42,10 @@ class Provider(ABC):
         self.chosen = {**self.options, **options}
 
     def supports(self, problem: Problem) -> str | None:
-        """Why not, or None if it can run."""
+        """Why not, or None if it can run; a plan asks only for the losses, dtypes and modes that it has."""
         if self.work == "sampled" and self.chosen.get("rate", SAMPLE_RATE) * problem.classes <= problem.n:
             return "the batch has as many classes as the sample"
-        if self.losses and problem.loss not in self.losses:
-            return f"no {problem.loss}"
-        if problem.dtype == "tf32" and not problem.on_gpu:
-            return "TF32 needs a GPU"
-        return None if problem.dtype in self.dtypes else f"no {problem.dtype}"
+        return None
 
     def gradient_bytes(self, mode: str) -> int:
         """Of the gradient of W that a step leaves in this process."""

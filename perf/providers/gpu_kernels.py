@@ -1,7 +1,5 @@
 """Fused kernels of others, for plain softmax, where they are installed: they need a GPU."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 
@@ -49,6 +47,3 @@ class Quack(OnGpu):
     name, title = "quack", "quack's chunked linear cross-entropy"
     module, function = "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
     dtypes = ("bfloat16", "float16")
-
-
-PROVIDERS = (Liger, CutCrossEntropy, Quack)

@@ -1,7 +1,5 @@
 """pytorch-metric-learning."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -31,6 +29,3 @@ class MetricLearning(Provider):
 
     def weight_gradient(self) -> Tensor:
         return super().weight_gradient().t()
-
-
-PROVIDERS = (MetricLearning,)

@@ -1,7 +1,5 @@
 """tritonmargin."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -105,6 +103,3 @@ class Sampled(Head):
 
     def class_ids(self) -> Tensor | None:
         return self.weight.grad.coalesce().indices()[0]
-
-
-PROVIDERS = (Ours, Retaining, InBackward, Sampled)

@@ -1,7 +1,5 @@
 """Plain torch code with full logits, as its users write it; and the baseline, a product without a loss."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -121,6 +119,3 @@ class Gemm(Provider):
         for rows in self.weight.detach().split(BUFFER):
             torch.mm(self.x, rows.t(), out=self.out[:, : len(rows)])
         return self.out
-
-
-PROVIDERS = (Gemm, Plain, Compiled, PlainSampled, InsightFace)

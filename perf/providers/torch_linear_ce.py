@@ -4,8 +4,6 @@ Without `options` it is those two calls. With them it takes the batch in chunks 
 chunk's logits are as large as the input, at C >> N one. 64 rows suit many classes better.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +38,3 @@ class ChunkedByHand(Chunked):
 
     def supports(self, problem: Problem) -> str | None:
         return super().supports(problem) or ("the batch is one chunk" if problem.n <= 64 else None)
-
-
-PROVIDERS = (LinearCrossEntropy, Chunked, ChunkedByHand)

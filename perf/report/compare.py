@@ -1,7 +1,5 @@
 """Is run B slower, larger or less exact than run A, more than the noise?"""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

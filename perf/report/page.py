@@ -1,7 +1,5 @@
 """The page of a run: one HTML file with everything in it, a summary in Markdown, and the pictures as files."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from perf.report.terminal import digits, is_words, markdown, megabytes, seconds
 from perf.suite import machine
 from perf.suite.results import COLUMNS, Results
 
-TEMPLATE = Path(__file__).with_name("page.html")  # jinja2
 SIZE = ["loss", "dtype", "N", "D", "C"]
 NO_RUNS = "runs.json is missing: on which machine this was measured is not known"
 
@@ -27,18 +24,20 @@ def write(folder: Path, results: Results) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in drawn:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(seconds=seconds, megabytes=megabytes, digits=digits)
-    template = environment.from_string(TEMPLATE.read_text())
-    (folder / "index.html").write_text(template.render(**shown, pictures=drawn, zip=zip, is_words=is_words))
-    (folder / "summary.md").write_text(summary(shown, [picture.name for picture in drawn]))
+    templates, escape = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.select_autoescape()  # in HTML
+    how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=templates, autoescape=escape, **how)
+    environment.filters.update(seconds=seconds, megabytes=megabytes, digits=digits, markdown=markdown)
+    for name, template in (("index.html", "page.html"), ("summary.md", "summary.jinja")):
+        made = environment.get_template(template).render(**shown, pictures=drawn, zip=zip, is_words=is_words)
+        (folder / name).write_text(made)
     return folder / "index.html"
 
 
 def on_terminal(results: Results) -> list[tuple[str, pd.DataFrame]]:
     """The first screen for a terminal, or all that was measured if nothing stands there; and what is missing."""
     found = statistics.find(results)
-    first = headline(found) if len(found.headline) else measured(found)
+    first = headline(found, statistics.first(found)) if len(found.headline) else measured(found)
     tables = [(statistics.sentence(found), first), ("not measured, or not all of it", missing(found))]
     return [table for table in tables if len(table[1]) or table is tables[0]]
 
@@ -67,7 +66,8 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
     fits = [(style["label"], statistics.fits(part)) for part, style in lines if "ours-" not in part["provider"].iloc[0]]
     best = results.ceilings.sort_values("per_second").drop_duplicates(["kind", "dtype"], keep="last")
     return {
-        "sentence": statistics.sentence(found), "main": found.main, "headline": headline(found),
+        "sentence": statistics.sentence(found), "main": found.main,
+        "headline": headline(found, statistics.first(found)), "sizes": headline(found, found.headline),
         "fits": [(name, end) for name, end in fits if end > 0], "missing": missing(found), "schema": COLUMNS,
         "runs": runs,
         "device": rows["device"].iloc[0] if len(rows) else "cpu", "band": found.compared["band"].median(),
@@ -80,7 +80,7 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def headline(found: Findings) -> pd.DataFrame:
+def headline(found: Findings, lines: pd.DataFrame) -> pd.DataFrame:
     """The table of the first screen; columns without a value are left out, other missing values are dashes."""
     heads = {(r.title, r.dtype, r.C, r.mode): cost(r.median_s, r.beyond_mb, r.samples)
              for r in statistics.heads(found).itertuples()}  # fmt: skip
@@ -93,7 +93,7 @@ def headline(found: Findings) -> pd.DataFrame:
          "which": row.title_other if row.others else f"none: {row.why}",
          "our memory": megabytes(row.beyond_mb), "its memory": megabytes(row.beyond_mb_other),
          **{title: heads.get((title, row.dtype, row.C, row.mode), "") for title, *_ in heads}}
-        for row in found.headline.itertuples()
+        for row in lines.itertuples()
     ])  # fmt: skip
     return frame[[name for name in frame if (frame[name] != "").any()]].replace("", "-")
 
@@ -129,16 +129,3 @@ def missing(found: Findings) -> pd.DataFrame:
         more = f" and {len(sizes) - 2} more" if len(sizes) > 2 else ""
         lines.append({"": title, "why": note, "cases": str(len(part)), "where": "; ".join(sizes[:2]) + more})
     return pd.DataFrame(lines)
-
-
-def summary(shown: dict[str, Any], names: list[str]) -> str:
-    """The same in Markdown, without the long tables."""
-    sections = {
-        "Where ours is not ahead": markdown(shown["behind"]), "Settings": markdown(shown["settings"]),
-        "Errors against float64": markdown(shown["errors"]), "Not measured, or not all": markdown(shown["missing"]),
-        "Measured on": "\n".join(f"- {run}" for run in shown["machine"]),
-    }  # fmt: skip
-    pictures = [f"![{name}]({name}.png)" for name in names]
-    parts = ["# Speed and memory", shown["sentence"], markdown(shown["headline"]), *pictures]
-    parts += [f"## {heading}\n\n{said}" for heading, said in sections.items() if said]
-    return "\n\n".join(part for part in parts if part) + "\n"

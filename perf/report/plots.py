@@ -1,7 +1,5 @@
 """The pictures: time and memory of a step against classes, a line for each code."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The tables of README.md and docs/performance, from the committed results: `python -m perf readme` writes them."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -50,38 +48,29 @@ def numbers(cpu: Results, gpu: Results) -> str:
     g, c = (list(each.runs.values())[-1] for each in (gpu, cpu))
     about = f"D={D}, forward and backward, medians; memory beyond W and its gradient"
     other = ", another version than above" if c["torch"] != g["torch"] else ""
+
+    def three(step: Any, graph: Any) -> list[str]:
+        return [seconds(step.median_s), seconds(graph.median_s), megabytes(step.beyond_mb)]
+
+    names = [f"C={c:,}, {kind}" for *_, c in GPU_SIZES for kind in ("launched", "CUDA graph", "memory")]
+    on_gpu = filled(gpu, names, GPU_SIZES, three)
+    names = [f"{dtype}, N={n}, C={c:,}" for dtype, n, c in CPU_SIZES]
+    on_cpu = filled(cpu, names, CPU_SIZES, lambda step, _: [cost(step.median_s, step.beyond_mb, step.samples)])
     return "\n\n".join([
-        f"{g['gpu']}, torch {g['torch']}, {g['date']}; bfloat16, N=1024, {about}:", markdown(gpu_table(gpu)),
-        f"{c['cpu']}, {c['cores']} cores, torch {c['torch']}{other}, {c['date']}; {about}:", markdown(cpu_table(cpu)),
+        f"{g['gpu']}, torch {g['torch']}, {g['date']}; bfloat16, N=1024, {about}:", markdown(on_gpu),
+        f"{c['cpu']}, {c['cores']} cores, torch {c['torch']}{other}, {c['date']}; {about}:", markdown(on_cpu),
     ])  # fmt: skip
 
 
-def cpu_table(cpu: Results) -> pd.DataFrame:
-    def cells(rows: Any, *what: str) -> Iterable[str]:
-        return (cost(row.median_s, row.beyond_mb, row.samples) for row in (rows[(*what, *size)] for size in CPU_SIZES))
-
-    return filled(cpu, [f"{dtype}, N={n}, C={c:,}" for dtype, n, c in CPU_SIZES], cells)
-
-
-def gpu_table(gpu: Results) -> pd.DataFrame:
-    """Three columns for each number of classes."""
-    graphs = {mode: graph for graph, mode in GRAPHS.items()}
-
-    def cells(rows: Any, provider: str, mode: str, loss: str) -> Iterable[str]:
-        for size in GPU_SIZES:
-            launched, graph = (rows[(provider, each, loss, *size)] for each in (mode, graphs[mode]))
-            yield from (seconds(launched.median_s), seconds(graph.median_s), megabytes(launched.beyond_mb))
-
-    names = [f"C={c:,}, {kind}" for *_, c in GPU_SIZES for kind in ("launched", "CUDA graph", "memory")]
-    return filled(gpu, names, cells)
-
-
-def filled(results: Results, names: list[str], cells: Callable[..., Iterable[str]]) -> pd.DataFrame:
-    """A line for each of ROWS that has a number."""
+def filled(results: Results, names: list[str], sizes: Any, said: Callable[[Any, Any], list[str]]) -> pd.DataFrame:
+    """A line for each of ROWS that has a number: at every size what is `said` of its step and its CUDA graph."""
     rows: dict[tuple[Any, ...], Any] = defaultdict(lambda: Row(median_s=nan, beyond_mb=nan, samples=0))
     for row in right(results.rows[results.rows["D"] == D]).itertuples():
         rows[row.provider, row.mode, row.loss, row.dtype, row.N, row.C] = row
-    lines = [[title, *cells(rows, *what)] for title, *what in ROWS]
+    lines, graphs = [], {mode: graph for graph, mode in GRAPHS.items()}
+    for title, provider, mode, loss in ROWS:
+        both = [[rows[(provider, each, loss, *size)] for each in (mode, graphs[mode])] for size in sizes]
+        lines.append([title, *(word for step, graph in both for word in said(step, graph))])
     return pd.DataFrame([line for line in lines if any(line[1:])], columns=["", *names])
 
 

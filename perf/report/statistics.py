@@ -1,7 +1,5 @@
 """What the numbers say: noise, comparisons with ours, settings; from the results alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,18 +13,11 @@ from perf.suite.results import KEY, Results
 
 SURE = 3.0  # standard errors of a median that a difference has to exceed
 LEAST = 0.02  # relative: what no run of a few rounds can see
+LINES = 6  # of the first table
 CASE = ["loss", "dtype", "N", "D", "C", "device", "mode"]
 ROUND = [*CASE, "run", "round"]
 SWEPT = ":"  # a provider with an option set belongs to a sweep, and to no ranking
 PEER = {"ours-sampled": "ours-sampled", "plain-sampled": "ours-sampled"}  # of all others: ours
-
-
-def standard_error(values: pd.Series) -> float:
-    """Of the median, relative, for values whose quartiles are those of a normal distribution."""
-    if len(values) < 2:
-        return math.nan
-    spread = (values.quantile(0.75) - values.quantile(0.25)) / 1.349
-    return float(1.2533 * spread / math.sqrt(len(values)) / values.median())
 
 
 def bands(rows: pd.DataFrame, samples: pd.DataFrame, versus: str) -> pd.Series:
@@ -42,8 +33,11 @@ def bands(rows: pd.DataFrame, samples: pd.DataFrame, versus: str) -> pd.Series:
     own = own.assign(peer=BASELINE if versus == BASELINE else names.map(PEER).fillna("ours"))
     both = own.merge(taken.rename(columns={"provider": "peer", "seconds": "base"}), on=[*ROUND, "peer"])
     both["ratio"] = both["seconds"] / both["base"]
-    errors = both.groupby([*KEY, "run"])["ratio"].apply(standard_error)
-    found = [errors.get(tuple(key), math.nan) for key in rows[[*KEY, "run"]].itertuples(index=False, name=None)]
+    ratios = both.groupby([*KEY, "run"])["ratio"]
+    # The standard error of a median, relative, for values whose quartiles are those of a normal distribution.
+    spread = (ratios.quantile(0.75) - ratios.quantile(0.25)) / 1.349
+    errors = (1.2533 * spread / ratios.size() ** 0.5 / ratios.median()).where(ratios.size() > 1)
+    found = errors.reindex(pd.MultiIndex.from_frame(rows[[*KEY, "run"]])).to_numpy()
     return (SURE * pd.Series(found, index=rows.index, dtype=float)).fillna(math.inf).clip(lower=LEAST)
 
 
@@ -142,6 +136,35 @@ def headline(rows: pd.DataFrame, main: Main) -> pd.DataFrame:
     return made.fillna({"others": 0, "why": "no other code was measured"}).sort_values(key)
 
 
+def quoted(found: Findings) -> tuple[str, int] | None:
+    """Dtype and classes of the sentence: where ours and most others were measured, if it can be as in the pictures."""
+    lines = found.headline[found.headline["median_s"].notna()]
+    if found.main is None or lines.empty:
+        return None
+    lines = lines.assign(known=lines["ratio_other"].notna(), drawn=lines["dtype"] == found.main.dtype)
+    most = lines.sort_values(["drawn", "known", "others", "C"], kind="stable").iloc[-1]
+    return most["dtype"], most["C"]
+
+
+def first(found: Findings) -> pd.DataFrame:
+    """At most LINES lines of the headline: the size of the sentence, then those far from it and from each other.
+
+    The dtype of the pictures comes first. A size has a line for each of its modes, and is there with all or none.
+    """
+    sizes, start, taken = found.headline.groupby(["dtype", "C"]).size(), quoted(found), []
+
+    def order(size: tuple[str, int]) -> tuple[bool, bool, float]:
+        near = (abs(math.log(size[1] / classes)) for dtype, classes in taken if dtype == size[0])
+        return size != start, size[0] != found.main.dtype, -min(near, default=math.inf)
+
+    left = sorted(sizes.index, key=lambda size: -size[1])
+    while left:
+        left.remove(size := min(left, key=order))
+        if sum(sizes[each] for each in (*taken, size)) <= LINES:
+            taken.append(size)
+    return found.headline[[size in taken for size in zip(found.headline["dtype"], found.headline["C"], strict=True)]]
+
+
 def heads(found: Findings) -> pd.DataFrame:
     """The rows of somebody's own heads, where the first screen is about."""
     rows = right(at(found.rows, found.main) if found.main else found.rows)
@@ -231,14 +254,11 @@ def sentence(found: Findings) -> str:
         faster, slower, equal = (counts.get(name, 0) for name in ("faster", "slower", "equal"))
         said = (f"tritonmargin is faster in {faster} of {total} comparisons with code that does the same work, slower "
                 f"in {slower}, and within noise in {equal}.")  # fmt: skip
-    lines = found.headline[found.headline["median_s"].notna()]
-    if lines.empty:
+    if (size := quoted(found)) is None:
         return said
-    drawn = lines[lines["dtype"] == main.dtype]  # what the pictures show, if it is there
-    drawn = (lines if drawn.empty else drawn).assign(known=lines["ratio_other"].notna())
-    most = drawn.sort_values(["known", "others", "C"], kind="stable").iloc[-1]
-    said += f" A step at {most['C']:,} classes, N={main.n}, D={main.d}, {most['dtype']}"
-    for line in lines[(lines[["dtype", "C"]] == most[["dtype", "C"]]).all(axis=1)].itertuples():
+    said += f" A step at {size[1]:,} classes, N={main.n}, D={main.d}, {size[0]}"
+    lines = found.headline[found.headline["median_s"].notna()]
+    for line in lines[(lines[["dtype", "C"]] == [*size]).all(axis=1)].itertuples():
         how = {"CUDA graph": " In a CUDA graph", "launched": ", launched"}.get(launch(line.mode, line.device), "")
         said += f"{how}: {cost(line.median_s, line.beyond_mb, line.samples)}."
         if pd.notna(line.ratio_other):

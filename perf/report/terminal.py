@@ -1,7 +1,5 @@
 """Numbers and tables as text, and progress on a terminal."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

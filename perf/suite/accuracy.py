@@ -4,8 +4,6 @@ Two numbers of each: `error`, the relative distance, shows rounding. `bias`, the
 shows a wrong factor: rounding averages out in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,12 +51,9 @@ def distance(own: Tensor, exact: Tensor) -> float:
 
 def wrong(lines: dict[str, float], dtype: str) -> str:
     """What is wrong with the provider, "" for nothing."""
-    said = []
-    for name, value in lines.items():
-        limit = (ERROR if name.startswith("error") else BIAS)[dtype]
-        if not value <= limit:
-            said.append(f"{name.replace('_', ' of ')} {value:.1e} > {limit:.0e}")
-    return ", ".join(said)
+    limits = {name: (ERROR if name.startswith("error") else BIAS)[dtype] for name in lines}
+    over = [name for name, value in lines.items() if not value <= limits[name]]
+    return ", ".join(f"{name.replace('_', ' of ')} {lines[name]:.1e} > {limits[name]:.0e}" for name in over)
 
 
 def budget(device: str, dtypes: Sequence[str] = KINDS, n: int = 512, d: int = 512, classes: int = 50_000) -> list[Row]:

@@ -1,7 +1,5 @@
 """What the machine does at best, and the least time that a case can take on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """On what the numbers were measured."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import importlib.metadata
@@ -87,7 +85,6 @@ def one_line(facts: dict[str, Any]) -> str:
     shown = *(on_gpu if "gpu" in facts else on_cpu), ("torch", "torch {}"), ("threads", "{} threads")
     when = ("date", "{}"), ("commit", "commit {}"), ("load_before", "load before the run {}")
     facts = {"L3": facts.get("caches", {}).get("L3 Unified"), **facts}
-    both = (
-        [words.format(facts[name]) for name, words in part if facts.get(name) is not None] for part in (shown, when)
-    )
+    known = {name for name, fact in facts.items() if fact is not None}
+    both = ([words.format(facts[name]) for name, words in part if name in known] for part in (shown, when))
     return "; ".join(map(", ".join, both))

@@ -4,8 +4,6 @@ The peak is that of the running sum of allocations and frees: torch.profiler's r
 own count on a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

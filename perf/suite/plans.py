@@ -95,11 +95,8 @@ class Grid:
 
 def custom_grid(**given: Any) -> Grid:
     """A grid from the command line: any fields of Grid, whose defaults stand for what is not given (or empty)."""
-    given = {name: value for name, value in given.items() if value}
-    if "dtypes" in given:
-        given["dtypes"] = tuple(DTYPES.get(name, name) for name in given["dtypes"])
-    if "modes" in given:
-        given["modes"] = tuple(SHORT.get(name, name) for name in given["modes"])
+    short = {"dtypes": DTYPES, "modes": SHORT}
+    given = {name: tuple(short.get(name, {}).get(v, v) for v in values) for name, values in given.items() if values}
     grid = Grid(**given)
     for name in grid.providers:
         split(name)  # ValueError for one that does not exist
@@ -115,8 +112,8 @@ class Plan(NamedTuple):
         given = {"longest": longest, "minutes": minutes}
         return self._replace(budget=self.budget._replace(**{k: v for k, v in given.items() if v is not None}))
 
-    def on(self, device: str, others: bool = True) -> Plan:
-        """The plan on another device; there with those that run there alone, unless somebody chose who runs."""
+    def on(self, device: str, others: bool = True, heads: tuple[str, ...] = ()) -> Plan:
+        """The plan on another device, there with those that run there alone, if `others`; everywhere with `heads`."""
         grids = []
         for grid in self.grids:
             if device == "cpu" and grid.device != device:
@@ -125,11 +122,7 @@ class Plan(NamedTuple):
             if others and grid.device != device:  # sweeps of our settings are a CPU's alone
                 own = tuple(name for name in grid.providers if ":" not in name)
                 moved = replace(moved, providers=(*own, *moved.able(ON_GPU)))
-            grids.append(moved)
-        return self._replace(grids=tuple(grids))
-
-    def with_providers(self, names: tuple[str, ...]) -> Plan:
-        grids = [replace(grid, providers=tuple(dict.fromkeys([*grid.providers, *names]))) for grid in self.grids]
+            grids.append(replace(moved, providers=tuple(dict.fromkeys([*moved.providers, *heads]))))
         return self._replace(grids=tuple(grids))
 
     def check(self) -> None:
@@ -172,19 +165,15 @@ OTHER_LOSSES = Grid((131_072,), (512,), (256,), BOTH, ("cosface", "arcface-strai
                     ("ours", "plain", "pml", "insightface"), (STEP,))  # fmt: skip
 
 
-def gpu(sizes: Any, loss: str, modes: tuple[str, ...], *providers: str) -> Grid:
-    return Grid(*sizes, (loss,), providers, modes, "cuda")
-
-
 def face(*sizes: Any, compiled: tuple[str, ...] = ()) -> list[Grid]:
     """What a person with a GPU asks first."""
     return [
-        gpu(sizes, "arcface", (STEP, GRAPH), "ours"),
-        gpu(sizes, "arcface", (STEP,), "ours-retain", "plain", "pml", *compiled),
-        gpu(sizes, "arcface", (WHOLE, WHOLE_GRAPH), "ours-sampled"),
-        gpu(sizes, "arcface", (WHOLE,), "plain-sampled", "ours", "ours-in-backward", "plain"),
-        gpu(sizes, "softmax", (STEP, GRAPH), "ours"),
-        gpu(sizes, "softmax", (STEP,), "plain", "torch-lce", *FUSED, *compiled),
+        Grid(*sizes, ("arcface",), ("ours",), (STEP, GRAPH), "cuda"),
+        Grid(*sizes, ("arcface",), ("ours-retain", "plain", "pml", *compiled), (STEP,), "cuda"),
+        Grid(*sizes, ("arcface",), ("ours-sampled",), (WHOLE, WHOLE_GRAPH), "cuda"),
+        Grid(*sizes, ("arcface",), ("plain-sampled", "ours", "ours-in-backward", "plain"), (WHOLE,), "cuda"),
+        Grid(*sizes, ("softmax",), ("ours",), (STEP, GRAPH), "cuda"),
+        Grid(*sizes, ("softmax",), ("plain", "torch-lce", *FUSED, *compiled), (STEP,), "cuda"),
     ]
 
 
@@ -195,48 +184,38 @@ SIZES = (1_000_000, 100_000, 4_000_000, 10_000), (512, 128), (1024, 256, 32)
 ON_H200 = (
     *face((100_000, 1_000_000), (512,), (1024,), BF16, compiled=("plain-compiled",)),
     *face((100_000,), (512,), (1024,), ("tf32", "float16", "float32")),
-    gpu((*SIZES, BF16), "arcface", ("forward", STEP, WHOLE), "ours", "plain", "pml", "ours-in-backward"),
-    gpu((*SIZES, BF16), "softmax", (STEP,), "ours", "plain", *FUSED),
-    gpu((*SIZES, (*BF16, "float32")), "arcface", (STEP, GRAPH), "ours"),
-    gpu((*SIZES, ("float32",)), "arcface", (STEP,), "plain", "pml"),
+    Grid(*SIZES, BF16, ("arcface",), ("ours", "plain", "pml", "ours-in-backward"), ("forward", STEP, WHOLE), "cuda"),
+    Grid(*SIZES, BF16, ("softmax",), ("ours", "plain", *FUSED), (STEP,), "cuda"),
+    Grid(*SIZES, (*BF16, "float32"), ("arcface",), ("ours",), (STEP, GRAPH), "cuda"),
+    Grid(*SIZES, ("float32",), ("arcface",), ("plain", "pml"), (STEP,), "cuda"),
 )
 
 PLANS = {
-    "tiny": Plan(
-        (Grid((300, 2000), (16,), (8,), BOTH, ("arcface", "softmax"), (*EVERYONE, "ours:retain=0.5"), MODES),),
-        Budget(2, 2, 0.0, 5.0),
-    ),
-    "quick": Plan(
-        (
-            Grid((10_000, 100_000), (128,), providers=("ours", "plain"), modes=(STEP,)),
-            Grid((32_768,), (512,), (256,), ("bfloat16",), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
-            Grid((131_072,), (512,), (32,), providers=("ours", "plain"), modes=(STEP,)),
-            Grid((131_072,), (512,), (256,), losses=("softmax",), providers=("ours", "torch-lce"), modes=(STEP,)),
-            Grid((131_072,), (512,), (256,), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
-            Grid((131_072,), (512,), (256,), providers=("ours",), modes=("forward",)),
-            Grid((131_072,), (512,), (256,), providers=("ours", "ours-in-backward", "ours-sampled"), modes=(WHOLE,)),
-        ),
-        Budget(5, 5, 0.0, 6.0, patience=4.0, minutes=2.5),
-    ),
-    "default": Plan(
-        (
-            TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
-            Grid(MANY, (512,), (32, 256), BOTH,
-                 providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
-            Grid((131_072,), (512,), (256,), BOTH, ("softmax",), (*SOFTMAX, "ours-retain", "plain-compiled"), (STEP,)),
-            Grid((10_000, 100_000, 131_072), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
-        ),
-        Budget(5, 8, 1.0, 5.0, patience=6.0, minutes=26.0),
-    ),
+    "tiny": Plan((
+        Grid((300, 2000), (16,), (8,), BOTH, ("arcface", "softmax"), (*EVERYONE, "ours:retain=0.5"), MODES),
+    ), Budget(2, 2, 0.0, 5.0)),
+    "quick": Plan((
+        Grid((10_000, 100_000), (128,), providers=("ours", "plain"), modes=(STEP,)),
+        Grid((32_768,), (512,), (256,), ("bfloat16",), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
+        Grid((131_072,), (512,), (32,), providers=("ours", "plain"), modes=(STEP,)),
+        Grid((131_072,), (512,), (256,), losses=("softmax",), providers=("ours", "torch-lce"), modes=(STEP,)),
+        Grid((131_072,), (512,), (256,), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
+        Grid((131_072,), (512,), (256,), providers=("ours",), modes=("forward",)),
+        Grid((131_072,), (512,), (256,), providers=("ours", "ours-in-backward", "ours-sampled"), modes=(WHOLE,)),
+    ), Budget(5, 5, 0.0, 6.0, patience=4.0, minutes=2.5)),
+    "default": Plan((
+        TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
+        Grid(MANY, (512,), (32, 256), BOTH,
+             providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
+        Grid((131_072,), (512,), (256,), BOTH, ("softmax",), (*SOFTMAX, "ours-retain", "plain-compiled"), (STEP,)),
+        Grid((10_000, 100_000, 131_072), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
+    ), Budget(5, 8, 1.0, 5.0, patience=6.0, minutes=26.0)),
     # No public table of fused softmax cross-entropy has D = 512 and C >= 10^6.
-    "full": Plan(
-        (
-            TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
-            Grid(ALL, (128, 512), (32, 256, 1024), BOTH),
-            Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
-            Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("softmax",), (*SOFTMAX, "plain-compiled")),
-        ),
-        Budget(5, 15, 1.0, 10.0, patience=12.0),
-    ),
+    "full": Plan((
+        TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
+        Grid(ALL, (128, 512), (32, 256, 1024), BOTH),
+        Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
+        Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("softmax",), (*SOFTMAX, "plain-compiled")),
+    ), Budget(5, 15, 1.0, 10.0, patience=12.0)),
     "gpu": Plan(ON_H200, Budget(3, 5, 0.3, 2.0, minutes=30.0), in_order=True),
 }  # fmt: skip

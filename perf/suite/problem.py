@@ -1,7 +1,5 @@
 """One size to measure at, and its tensors."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,12 +1,4 @@
-"""Results as data: what `python -m perf run` leaves in a folder, and its schema.
-
-results.csv     a line per case (size x provider x mode); COLUMNS has the meanings
-samples.csv.gz  a line per timed step: the case, round, position ("first": the baseline before a round), seconds
-ceilings.csv    what the machine does at best: kind, dtype, amount per second, unit
-runs.json       what each run was measured on, by its number
-"""
-
-from __future__ import annotations
+"""Results as data: what `python -m perf run` leaves in a folder. runs.json: on what each run was measured."""
 
 import gzip
 import json
@@ -51,9 +43,9 @@ COLUMNS = {
 }
 
 FILES = {
-    "results.csv": list(COLUMNS),
-    "samples.csv.gz": [*KEY, "round", "position", "seconds", "run"],
-    "ceilings.csv": ["kind", "dtype", "per_second", "unit", "run"],
+    "results.csv": list(COLUMNS),  # a line per case (size x provider x mode)
+    "samples.csv.gz": [*KEY, "round", "position", "seconds", "run"],  # per timed step; "first": the baseline before all
+    "ceilings.csv": ["kind", "dtype", "per_second", "unit", "run"],  # what the machine does at best
 }
 MEND = "delete it, or choose another folder"
 NOT_BEGUN = "not begun"  # how the note of a case starts whose run was out of time
@@ -120,11 +112,9 @@ def another_machine(folder: Path, facts: dict[str, Any]) -> str:
     """What the folder's results were measured on, if that differs from `facts`; or nothing. A GPU is another one."""
     for held in load(folder).runs.values():
         if any(held.get(name) != facts.get(name) for name in MACHINE):
-            return ", ".join(
-                str(held[name]) if name in ("cpu", "gpu") else f"{name.replace('_', ' ')} {held[name]}"
-                for name in MACHINE
-                if held.get(name) and name not in ("caches", "device")
-            )
+            said = [name for name in MACHINE if held.get(name) and name not in ("caches", "device")]
+            labels = {name: f"{name.replace('_', ' ')} " for name in said} | {"cpu": "", "gpu": ""}
+            return ", ".join(f"{labels[name]}{held[name]}" for name in said)
     return ""
 
 

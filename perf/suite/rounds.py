@@ -6,8 +6,6 @@ each has its own). First each is checked against float64 (accuracy.py), then the
 alike, and a row is divided by the baseline and by our row of the same round.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import statistics
@@ -128,22 +126,19 @@ class Rounds:
         if name in self.hung:
             self.notes[name] = self.hung[name]
             return
-        worker = self.alive(name)
+        patience = COMPILING if class_of(name).compiles or self.problem.on_gpu else PREPARING
         try:
-            patience = COMPILING if class_of(name).compiles or self.problem.on_gpu else PREPARING
-            why = worker.ask("supports", self.problem, timeout=patience)
-            if why is None:
-                if name != BASELINE:
-                    self.errors[name] = self.check(worker, patience)
-                if "stopped after" in self.errors.get(name, {}).get("wrong", ""):
+            if why := self.alive(name).ask("supports", self.problem, timeout=patience):
+                raise Failed(why)
+            if name != BASELINE:
+                self.errors[name] = self.check(self.workers[name], patience)
+                if "stopped after" in self.errors[name]["wrong"]:
                     raise Failed(self.errors[name]["wrong"])
-                self.alive(name).ask("prepare", self.problem, files, timeout=patience)
+            self.alive(name).ask("prepare", self.problem, files, timeout=patience)
         except Failed as failure:
-            why = str(failure)
-        if why is not None:
-            self.notes[name] = why
-            if "stopped after" in why:
-                self.hung[name] = f"not run: {why}, at {self.problem.title}"
+            self.notes[name] = str(failure)
+            if "stopped after" in str(failure):
+                self.hung[name] = f"not run: {failure}, at {self.problem.title}"
             self.workers.pop(name).stop()
 
     def alive(self, name: str) -> Worker:

@@ -1,7 +1,5 @@
 """A run: every size of a plan, written as it goes; a second run goes on where the first was stopped."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

@@ -1,12 +1,9 @@
-"""The time of one call on any device.
+"""The time of a step on a GPU.
 
-On a GPU several steps are enqueued before the first is waited for (a backlog), with a CUDA event around each. A step so
+Several steps are enqueued before the first is waited for (a backlog), with a CUDA event around each. A step so
 takes the larger of the CPU's time, which launches it, and of the GPU's: as in training. A CUDA graph is one launch.
 """
 
-from __future__ import annotations
-
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -14,16 +11,6 @@ import torch
 
 BACKLOG = 0.1  # seconds of work that are enqueued together
 FEWEST, MOST, LONG = 3, 20, 0.5  # steps of a backlog; one alone where it takes so many seconds
-
-
-def seconds(call: Callable[[], object], device: str = "cpu") -> tuple[float, object]:
-    """How long `call` takes, by events on a GPU; and what it returned."""
-    if device.startswith("cuda"):
-        times, result = backlog(call, device, 1)
-        return times[0], result
-    begin = time.perf_counter()
-    result = call()
-    return time.perf_counter() - begin, result
 
 
 def backlog(call: Callable[[], object], device: str, count: int) -> tuple[list[float], object]:

@@ -1,7 +1,5 @@
 """A provider's own process: it prepares one size under a memory limit, and runs what it is told to."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -9,6 +7,7 @@ import multiprocessing
 import os
 import pkgutil
 import statistics
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -159,8 +158,12 @@ class Desk:
         provider.reset(plain)
         gc.disable()
         try:
-            on_gpu = provider.problem.on_gpu
-            took, result = self.steps_on_gpu(mode) if on_gpu else timing.seconds(lambda: provider.run(mode))
+            if provider.problem.on_gpu:
+                took, result = self.steps_on_gpu(mode)
+            else:
+                begin = time.perf_counter()
+                result = provider.run(mode)
+                took = time.perf_counter() - begin
         finally:
             gc.enable()
         loss = float(result.detach()) if result.ndim == 0 else float("nan")
@@ -179,7 +182,7 @@ class Desk:
             self.calls.clear()  # a graph's memory is its own as long as it exists
             call = timing.captured(launched) if mode in GRAPHS else launched
             call()
-            self.calls[mode] = call, timing.backlog_length(timing.seconds(call, device)[0])
+            self.calls[mode] = call, timing.backlog_length(timing.backlog(call, device, 1)[0][0])
         call, count = self.calls[mode]
         if self.cold:
             call()
