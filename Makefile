@@ -23,6 +23,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 KERNELS := tests/kernels tests/test_draw.py tests/test_formulas.py
 # What differs between GPUs: tiles, how they are loaded, and the memory on the chip that they need.
 FEWER := "several_tiles or grids_and_loads or shared_memory"
+# The interpreter, 10 ms a program: that it still runs them all. `make test-all` gives it the rest.
+INTERPRETED := "numbers_and_gradients or loss_and_gradients or test_rules or test_draw or test_formulas"
 
 # The inner loop, under 2 minutes on 2 cores: what breaks first when something does. Values and gradients of every loss on
 # both backends at one size, two ranks, a checkpoint that other ranks read.
@@ -38,7 +40,7 @@ test: $(VENV)/test.done
 		tests/test_golden.py tests/test_integrations.py
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 	TRITONMARGIN_TESTS=ttsem-100 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS)
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" -k $(INTERPRETED) $(KERNELS)
 	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/test_op.py
 
 test-all: $(VENV)/test.done

@@ -159,7 +159,7 @@ def right_leaf(value: Tensor | None) -> Tensor | None:
     return value.detach().cpu().double().requires_grad_(value.requires_grad)
 
 
-@pytest.mark.parametrize("case", CASES[:: 4 if MACHINE == "interpreter" else 1], ids=str)
+@pytest.mark.parametrize("case", CASES[:: 8 if MACHINE == "interpreter" else 1], ids=str)
 def test_loss_and_gradients(case: Case) -> None:
     check_loss(case)
 
