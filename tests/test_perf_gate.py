@@ -32,7 +32,7 @@ def ran(out: Path, monkeypatch: pytest.MonkeyPatch, minutes: float = 5.0, **scri
 
 @pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="a dry run executes kernels by ttsem")
 def test_a_dry_gate_checks_kernels_measures_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, steps = ran(tmp_path, monkeypatch, accuracy="real", run="real", tests=SAY)
+    good, steps = ran(tmp_path, monkeypatch, minutes=15.0, accuracy="real", run="real", tests=SAY)
     assert good, steps
     assert steps["accuracy"]["line"].startswith("9 of 9 errors")
     assert (tmp_path / "errors.csv").read_text().count("True") == 9

@@ -45,7 +45,37 @@ class Declared(NamedTuple):
     why: str
 
 
-DECLARED: tuple[Declared, ...] = ()
+def few(line: Any) -> bool:
+    return line.spills <= TOLERATED
+
+
+DECLARED = (
+    Declared(
+        "sm_90", NO_SPILL, lambda line: line.case in ("weigh, everything", "finish, statistics") and few(line),
+        "sm_90: all that a loss may ask for at once, or a gradient through the hardest class, wants a few bytes more "
+        "than the 128 registers that let a second block in.",
+    ),
+    Declared(
+        "sm_90", NO_SPILL, lambda line: (line.dtype, line.kernel) == ("tf32", "finish_kernel") and few(line),
+        "sm_90: float32 gradient rows with a bias keep a few bytes in local memory.",
+    ),
+    Declared(
+        "sm_80", NO_SPILL, lambda line: line.case in ("reduce, statistics", cases.HEAVIEST) and few(line),
+        "sm_80: the hardest class wants a few bytes more than the registers that the compiler takes.",
+    ),
+    Declared(
+        "sm_100", NO_SPILL, lambda line: line.case == cases.HEAVIEST and few(line),
+        "sm_100: all that a loss may ask for at once wants a few bytes more than the registers the compiler takes.",
+    ),
+    *(
+        Declared(
+            "sm_100", budget, lambda line: line.dtype == "float16" and line.case in (cases.SGD, cases.ADAMW),
+            "sm_100: float16's powers of two beside an update in backward: the compiler leaves one block a processor, "
+            "or spills.",
+        )
+        for budget in (NO_SPILL, OVERLAPPED)
+    ),
+)  # fmt: skip
 
 
 def audit(

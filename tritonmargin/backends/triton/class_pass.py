@@ -299,13 +299,17 @@ def weigh(
     elif use:
         a = described(rows, (tile.shape[0], tile.shape[2]), use)
         b = described(saved.xs, (tile.shape[1], tile.shape[2]), use)
+    more = (
+        inputs.bias is not None or inputs.offset is not None,
+        inputs.threshold is not None,
+        inputs.mean_weight is not None,
+    )
     call(
         weigh_kernel, tile.programs_for(stop - start, plan.n), a, b, saved.label, saved.numbers, grads,
         None if half is None else half.power, saved.class_numbers, p, sums, plan.n, stop - start, plan.line_d, start,
         plan.line, plan.active, rows.stride(0), plan.line_d, stride_z, plan.line_n,
-        KIND=(spec.unit_weight and not plan.copied, inputs.bias is not None or inputs.offset is not None,
-              inputs.threshold is not None, inputs.mean_weight is not None, plan.library),
-        HOW=(use, plan.precision), TILE=tile.shape, SPLIT=tile.finer(inputs.mean_weight is not None), **tile.options(),
+        KIND=(spec.unit_weight and not plan.copied, *more, plan.library), HOW=(use, plan.precision), TILE=tile.shape,
+        SPLIT=tile.finer(any(more)), **tile.options(),
     )  # fmt: skip
 
 
@@ -362,7 +366,7 @@ def finish(
         hardest = (kind.hardest.position, kind.hardest.product, kind.hardest.gradient, (1, 1))
     grad_bias = None if kind.grad_bias is None else (kind.grad_bias, True if kind.own_bias else None)
     # Each of these would spill beside as much of the tile as plain gradients leave in the registers.
-    more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias, hardest))
+    more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias))
     call(
         finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
         (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest), kind.upstream,
