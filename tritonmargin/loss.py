@@ -238,7 +238,7 @@ def from_pass(call: Call, backend: Backend, name: str) -> Numbers:
         mean_weight=mean_weight, threshold=threshold(call, rows, own_bias) if call.others == "hinge" else None,
         offset=offset,
     )  # fmt: skip
-    out = class_pass(given, pass_spec(call, rows, name, highest), call.updater)
+    out = class_pass(given, pass_spec(call, rows, backend, name, highest), call.updater)
     norm = call.samples.batch.own_part(out.embedding_norm if rows.norm is None else rows.norm)
     hardest, hardest_class = hardest_of(out, given)
     if hardest.shape[0]:
@@ -290,11 +290,16 @@ def wants_rest(call: Call) -> bool:
     return call.others == "rest" or call.options.return_stats
 
 
-def pass_spec(call: Call, rows: PassRows, backend: str, highest_offset: float) -> PassSpec:
+def pass_spec(call: Call, rows: PassRows, backend: Backend, name: str, highest_offset: float) -> PassSpec:
     inputs, margin, options = call.inputs, call.margin, call.options
     taken = (call.samples.embeddings, inputs.weight, inputs.bias, rows.x)
     needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in taken)
     bounded = call.others != "hinge" and wants_rest(call) and inputs.bias is None
+    retain = options.retain_bytes
+    if not (needs_grad and call.others != "hardest"):
+        retain = 0
+    elif not retain and not backend.normalises:
+        retain = -1
     return PassSpec(
         unit_weight=margin.unit_weight,
         bounded=bounded and is_bounded(margin.logit_bound + highest_offset, call.active.count, call.sums),
@@ -305,8 +310,8 @@ def pass_spec(call: Call, rows: PassRows, backend: str, highest_offset: float) -
         precision=precision_of(call.compute, inputs.weight),
         memory_budget=-1 if options.memory_budget is None else options.memory_budget,
         chunk_bytes=options.chunk_bytes or 0,
-        retain_bytes=options.retain_bytes if needs_grad and call.others != "hardest" else 0,
-        backend=backend,
+        retain_bytes=retain,
+        backend=name,
         **rows.embeddings,
     )
 

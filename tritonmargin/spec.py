@@ -107,7 +107,7 @@ class PassSpec:
     precision: str = "ieee"  # of float32's products: "tf32", or as it is
     memory_budget: int = -1  # bytes beside inputs and gradients; -1: a share of the device's memory
     chunk_bytes: int  # 0: the backend's own size of a chunk
-    retain_bytes: int
+    retain_bytes: int  # -1: the torch backend keeps all logits, where they fit the budget
     backend: str
 
 

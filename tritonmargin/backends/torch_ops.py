@@ -11,6 +11,7 @@ z log2(e) and exp(z) is its exp2, which is several times faster than exp on CPUs
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,11 +36,27 @@ class Running:
     violations: Tensor | None = None  # how many of them are positive
 
 
+class Places:
+    """One row of the pass a sample, -1 for none, sorted once: the samples of a chunk are then a slice.
+
+    Of samples with the same row the first one stays first: their sums keep their order.
+    """
+
+    def __init__(self, row: Tensor) -> None:
+        self.row, self.sample = row.sort(stable=True)
+        self.rows: list[int] = self.row.tolist()
+
+    def inside(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Samples whose row lies in this chunk, and its index there."""
+        first, last = bisect_left(self.rows, start), bisect_left(self.rows, stop)
+        return self.sample[first:last], self.row[first:last] - start
+
+
 @dataclass
 class SampleGrad:
     """The gradient of a number that looks at one class row a sample: the target's, or the hardest wrong class's."""
 
-    row: Tensor  # [N]  position in the pass, -1 for none
+    places: Places
     grad: Tensor  # [N, D]  dL/dw' of that row: g_i x_i
 
 
@@ -61,9 +78,19 @@ class RowGrads(NamedTuple):
 
 
 def prepare_rows(
-    weight: Tensor, class_ids: Tensor | None, start: int, stop: int, unit: bool, buffer: Tensor, wide: Tensor
+    weight: Tensor,
+    class_ids: Tensor | None,
+    start: int,
+    stop: int,
+    unit: bool,
+    buffer: Tensor,
+    wide: Tensor,
+    inverse: Tensor | None = None,
 ) -> Rows:
-    """Rows start..stop of the pass, normalised if `unit`, in `buffer` and `wide` (the same for full precision)."""
+    """Rows start..stop of the pass, normalised if `unit`, in `buffer` and `wide` (the same for full precision).
+
+    inverse: [K] their 1/|w|, where it is known.
+    """
     chunk = weight[start:stop] if class_ids is None else weight.index_select(0, class_ids[start:stop])
     rows, exact = buffer[: len(chunk)], wide[: len(chunk)]
     if not unit:
@@ -71,7 +98,8 @@ def prepare_rows(
         return Rows(rows, rows, None)
     # Mixed dtypes in one elementwise call are several times slower on a CPU than a copy first.
     source = chunk if chunk.dtype == exact.dtype else exact.copy_(chunk)
-    inverse = inverse_norm(torch.linalg.vector_norm(source, dim=1))
+    if inverse is None:
+        inverse = inverse_norm(torch.linalg.vector_norm(source, dim=1))
     torch.mul(source, inverse[:, None], out=exact)
     return Rows(exact if rows.dtype == exact.dtype else rows.copy_(exact), exact, inverse)
 
@@ -138,7 +166,7 @@ def finish_gradient(
         return
     scale = None if more.undo is None else more.undo.reciprocal()
     for each in more.unit:
-        sample, row = inside_chunk(each.row, start, stop)
+        sample, row = each.places.inside(start, stop)
         if len(sample):
             grad = each.grad.index_select(0, sample)
             add_rows(gradient, row, grad if scale is None else grad * scale)
@@ -146,8 +174,9 @@ def finish_gradient(
         gradient.addr_(mean_weight, more.mean if scale is None else more.mean * scale)
     project(gradient, prepared, more.undo)
     if more.norm is not None:
-        sample, row = inside_chunk(more.norm.row, start, stop)
-        add_rows(gradient, row, more.norm.grad.index_select(0, sample))
+        sample, row = more.norm.places.inside(start, stop)
+        if len(sample):
+            add_rows(gradient, row, more.norm.grad.index_select(0, sample))
     if update is not None:
         assert where is not None
         update_rows(update, where, gradient)
@@ -175,12 +204,12 @@ def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
 # -- what they are made of -------------------------------------------------------------------------------------------
 
 
-def logits(rows: Tensor, x: Tensor, bias: Tensor | None, target: Tensor, start: int, tile: Tensor) -> Tensor:
+def logits(rows: Tensor, x: Tensor, bias: Tensor | None, target: Places, start: int, tile: Tensor) -> Tensor:
     """tile = rows x^T (+ bias), -inf at the targets: the sum over j != y leaves them out."""
     torch.mm(rows, x.t(), out=tile)
     if bias is not None:
         tile += bias[:, None]
-    sample, row = inside_chunk(target, start, start + len(tile))
+    sample, row = target.inside(start, start + len(tile))
     if len(sample):
         tile[row, sample] = -torch.inf
     return tile
@@ -205,12 +234,6 @@ def fold_hardest(z: Tensor, value: Tensor, start: int, hardest: Tensor, hardest_
         hardest_row[sample] = z.index_select(1, sample).max(dim=0).indices + start
 
 
-def inside_chunk(row: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Samples whose row lies in this chunk, and its index there."""
-    sample = ((row >= start) & (row < stop)).nonzero().squeeze(1)
-    return sample, row.index_select(0, sample) - start
-
-
 def add_rows(out: Tensor, row: Tensor, values: Tensor) -> None:
     """out[row] += values, equal rows in one order on every run: index_add_ is atomic on a GPU, index_put_ on a CPU."""
     if out.is_cuda:
@@ -221,7 +244,7 @@ def add_rows(out: Tensor, row: Tensor, values: Tensor) -> None:
 
 def add_to_few(out: Tensor, start: int, grads: list[SampleGrad]) -> None:
     """The gradients of the chunk's rows, each row summed in the precision of sums and rounded once."""
-    inside = [(each, *inside_chunk(each.row, start, start + len(out))) for each in grads]
+    inside = [(each, *each.places.inside(start, start + len(out))) for each in grads]
     if any(len(row) for _, _, row in inside):
         rows, index = torch.cat([row for _, _, row in inside]).unique(return_inverse=True)
         values = torch.cat([each.grad.index_select(0, sample) for each, sample, _ in inside])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.torch_ops import (
+    Places,
     RowGrads,
     Rows,
     SampleGrad,
@@ -56,7 +57,7 @@ def run_backward(
     x, stored, wanted = inputs.x, Saved(*saved[: len(Saved._fields)]), Needs(*needs)
     with torch.autocast(x.device.type, enabled=False):
         chunks = Chunks(inputs, spec)
-        rows = row_grads(inputs, stored, grads, spec) if wanted.weight else RowGrads([])
+        rows = row_grads(inputs, stored, grads, spec, chunks) if wanted.weight else RowGrads([])
         # Before an update changes the rows.
         hardest = grads.hardest_product is not None and wanted.x
         hardest_rows = chunks.gather(stored.hardest_row)[0] if hardest else None
@@ -67,7 +68,7 @@ def run_backward(
         grad_bias = x.new_zeros(len(inputs.weight)) if wanted.bias else None
         weight = WeightGradient(inputs, spec, chunks, rows, dense, update) if wanted.weight else None
         for start, stop in chunks.ranges():
-            prepared, p = chunks.rows(start, stop), None
+            prepared, p = chunks.rows(start, stop, stored.inverse), None
             if dense is not None:
                 p, by_class = dlogits(chunks, dense, stored.retained, prepared, start, stop, wanted.bias)
                 if grad_x is not None:
@@ -91,9 +92,9 @@ class Dense(NamedTuple):
     """P without the factors that only depend on the sample: dX_i = g_i outer_i (P^T rows)_i and A = P (inner x)."""
 
     g: Tensor  # [N]
-    fill: Callable[[Tensor, Tensor], Tensor]  # logits z and a tile in the precision of sums -> P, in one of them
+    fill: Callable[[Tensor, Tensor], Tensor]  # logits z and `scratch` -> P, in one of them
     left: Tensor  # [N, D]  inner x, in the dtype of the products
-    scratch: Tensor  # a tile in the precision of sums; the tile itself where P is made in it
+    scratch: Tensor | None  # a tile in the precision of sums; None: P is made in the tile itself
     outer: Tensor | None = None  # [N]
     undo: Tensor | None = None  # []  undoes a power of two that `inner` carries
     retained_is_p: bool = False  # what forward retained is P itself, rather than logits
@@ -120,7 +121,7 @@ def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads
     added = [each.grad for each in rows.unit] + ([] if rows.mean is None else [rows.mean])
     outer, inner, undo = split_factor(g, total, added)
     left = chunks.operand(x * inner[:, None])
-    return Dense(g, lambda z, _: z.exp2_(), left, chunks.tile_buffer, outer, undo, retained_is_p=True)
+    return Dense(g, lambda z, _: z.exp2_(), left, None, outer, undo, retained_is_p=True)
 
 
 def softmax_part(g: Tensor, rest: Tensor, chunks: Chunks, x: Tensor) -> Dense:
@@ -150,10 +151,11 @@ def dlogits(
     What forward retained is not written to.
     """
     size = stop - start
-    tile, scratch = chunks.tile_buffer[:size], dense.scratch[:size]
     ready = retained[start:stop] if stop <= len(retained) else None
     if ready is not None and dense.retained_is_p:
         return ready, None
+    tile = chunks.tile_buffer[:size]
+    scratch = tile if dense.scratch is None else dense.scratch[:size]
     z = chunks.logits(rows, start, stop, tile) if ready is None else ready
     p = dense.fill(z, scratch)
     sums = p @ dense.g if by_class else None
@@ -163,14 +165,14 @@ def dlogits(
 # -- exact parts: what looks at one row a sample, and the mean ---------------------------------------------------------
 
 
-def row_grads(inputs: PassInputs, saved: Saved, grads: PassGrads, spec: PassSpec) -> RowGrads:
+def row_grads(inputs: PassInputs, saved: Saved, grads: PassGrads, spec: PassSpec, chunks: Chunks) -> RowGrads:
     """Gradients of class rows from the target's product and norm, the hardest class's product and the mean."""
-    x, target = inputs.x, inputs.target.contiguous()
+    x, target = inputs.x, chunks.places
     unit, norm_grad = [], None
     if grads.target_product is not None:
         unit.append(SampleGrad(target, x * grads.target_product[:, None]))
     if grads.hardest_product is not None:
-        unit.append(SampleGrad(saved.hardest_row, x * grads.hardest_product[:, None]))
+        unit.append(SampleGrad(Places(saved.hardest_row), x * grads.hardest_product[:, None]))
     if grads.target_norm is not None:
         norm = torch.linalg.vector_norm(saved.target_rows, dim=1)
         rows = saved.target_rows if spec.unit_weight else saved.target_rows * inverse_norm(norm)[:, None]

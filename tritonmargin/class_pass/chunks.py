@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.precision import as_operand, operands
-from tritonmargin.backends.torch_ops import Rows, inverse_norm, logits, new_tile, prepare_rows
+from tritonmargin.backends.torch_ops import Places, Rows, inverse_norm, logits, new_tile, prepare_rows
 from tritonmargin.spec import PassInputs, PassSpec
 
 
@@ -34,6 +34,34 @@ def cache_bytes() -> int:
         return 8 << 20
 
 
+def budget_bytes(spec: PassSpec) -> int:
+    """What chunks and retained logits may take together, where neither has a number of its own."""
+    return cache_bytes() if spec.memory_budget < 0 else spec.memory_budget
+
+
+def logits_bytes(n: int, classes: int, spec: PassSpec) -> int:
+    """How many bytes of logits to keep for backward.
+
+    By default all of them or none: a part would leave most of the fourth product, and take memory from the chunk. Half
+    of the budget is the chunk's at least: chunks of a few classes cost more than the product. Who sizes the chunk, sizes
+    what is retained too.
+    """
+    if spec.retain_bytes >= 0:
+        return spec.retain_bytes
+    half = 0 if spec.chunk_bytes else budget_bytes(spec) // 2
+    return half if n * classes * operands(spec.dtype).itemsize <= half else 0
+
+
+def chunk_bytes(n: int, classes: int, spec: PassSpec) -> int:
+    """The bytes of a chunk: those asked for, or what retained logits leave of the budget."""
+    if spec.chunk_bytes:
+        return spec.chunk_bytes
+    kept = 0
+    if spec.retain_bytes < 0 and logits_bytes(n, classes, spec):
+        kept = n * classes * operands(spec.dtype).itemsize
+    return max(1, budget_bytes(spec) - kept)
+
+
 def fitting_classes(n: int, itemsize: int, retain_bytes: int) -> int:
     return retain_bytes // max(n * itemsize, 1)
 
@@ -52,9 +80,10 @@ class Chunks:
         self.weight, self.unit, self.bounded = inputs.weight, spec.unit_weight, spec.bounded
         self.class_ids = None if inputs.class_ids is None else inputs.class_ids.contiguous()
         self.target = inputs.target.contiguous()
+        self.places = Places(self.target)
         self.n, self.d = x.shape
         self.classes = len(self.weight) if self.class_ids is None else len(self.class_ids)
-        self.size = chunk_classes(self.n, self.d, self.classes, spec.chunk_bytes)
+        self.size = chunk_classes(self.n, self.d, self.classes, chunk_bytes(self.n, self.classes, spec))
         self.dtype, self.acc, self.precision = operands(spec.dtype), x.dtype, spec.precision
         self.x = self.operand(x * math.log2(math.e) if self.bounded else x)
         self.bias, self.offset = inputs.bias, self.in_units_of_the_tile(inputs.offset)
@@ -62,7 +91,11 @@ class Chunks:
         # Rows in the precision of sums, where the rows of the products are not.
         same = self.dtype == self.acc or not self.unit
         self.wide_buffer = self.rows_buffer if same else self.rows_buffer.to(self.acc)
-        self.tile_buffer = new_tile(self.x, self.size, self.dtype)
+
+    @functools.cached_property
+    def tile_buffer(self) -> Tensor:
+        """A tile that every chunk overwrites; not made where all logits are retained."""
+        return new_tile(self.x, self.size, self.dtype)
 
     def operand(self, values: Tensor) -> Tensor:
         """The numbers as the products of this pass take them."""
@@ -70,7 +103,7 @@ class Chunks:
 
     def scratch(self, separate: bool) -> Tensor:
         """A tile in the precision of sums: the tile itself where it has it and may be overwritten."""
-        if self.tile_buffer.dtype == self.acc and not separate:
+        if self.dtype == self.acc and not separate:
             return self.tile_buffer
         return new_tile(self.x, self.size, self.acc)
 
@@ -80,12 +113,15 @@ class Chunks:
     def ranges(self) -> list[tuple[int, int]]:
         return [(start, min(start + self.size, self.classes)) for start in range(0, self.classes, self.size)]
 
-    def rows(self, start: int, stop: int) -> Rows:
-        return prepare_rows(self.weight, self.class_ids, start, stop, self.unit, self.rows_buffer, self.wide_buffer)
+    def rows(self, start: int, stop: int, inverse: Tensor | None = None) -> Rows:
+        """The chunk's rows; inverse: [C] their 1/|w|, where it is known."""
+        known = None if inverse is None or not self.unit else inverse[start:stop]
+        buffers = self.rows_buffer, self.wide_buffer
+        return prepare_rows(self.weight, self.class_ids, start, stop, self.unit, *buffers, inverse=known)
 
     def logits(self, rows: Rows, start: int, stop: int, tile: Tensor) -> Tensor:  # [K, N]
         """The chunk's logits in `tile`, in units of log 2 on the bounded path, -inf at the targets."""
-        return logits(rows.operand, self.x, self.added(start, stop), self.target, start, tile)
+        return logits(rows.operand, self.x, self.added(start, stop), self.places, start, tile)
 
     def added(self, start: int, stop: int) -> Tensor | None:
         """What is added to the chunk's logits: the classes' bias, and the offsets of active classes."""

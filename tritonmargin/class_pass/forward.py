@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonmargin.backends.precision import operands
 from tritonmargin.backends.torch_ops import Running, new_tile, reduce_logits
-from tritonmargin.class_pass.chunks import Chunks, chunk_classes, fitting_classes, retained_classes
+from tritonmargin.class_pass.chunks import Chunks, chunk_bytes, chunk_classes, fitting_classes, logits_bytes, retained_classes
 from tritonmargin.class_pass.exp_range import finite
 from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 
@@ -27,6 +27,7 @@ class Saved(NamedTuple):
     mean_row: Tensor  # [D]  sum_j a_j w'_j
     target_rows: Tensor  # [N, D]  w'_y, 0 where there is no target
     retained: Tensor  # [R, N]  tiles of the first R classes
+    inverse: Tensor  # [C]  1/|w_j| of the pass's rows, where w' are unit rows
 
 
 def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
@@ -34,13 +35,17 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
     with torch.autocast(x.device.type, enabled=False):
         chunks = Chunks(inputs, spec)
         run = running(inputs, spec, chunks)
-        count = retained_classes(chunks.n, chunks.classes, chunks.size, chunks.dtype.itemsize, spec.retain_bytes)
+        kept = logits_bytes(chunks.n, chunks.classes, spec)
+        count = retained_classes(chunks.n, chunks.classes, chunks.size, chunks.dtype.itemsize, kept)
         retained = new_tile(chunks.x, count, chunks.dtype)
         # Where a tile is read again after a difference, the difference needs a buffer of its own.
         scratch = chunks.scratch(separate=spec.want_rest and inputs.threshold is not None)
         mean_row = x.new_zeros(0 if inputs.mean_weight is None else chunks.d)
+        inverse = x.new_empty(chunks.classes if spec.unit_weight else 0)
         for start, stop in chunks.ranges():
             rows = chunks.rows(start, stop)
+            if rows.inverse is not None:
+                inverse[start:stop] = rows.inverse
             a = chunks.select(inputs.mean_weight, start, stop)
             if a is not None:
                 mean_row += a @ rows.exact.to(chunks.acc)
@@ -49,7 +54,7 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
                 tile = retained[start:stop] if keep else chunks.tile_buffer[: stop - start]
                 z = chunks.logits(rows, start, stop, tile)
                 reduce_logits(z, start, spec.bounded, tile, scratch[: stop - start], keep, run)
-        return results(inputs, chunks, run, mean_row, retained)
+        return results(inputs, chunks, run, mean_row, retained, inverse)
 
 
 def running(inputs: PassInputs, spec: PassSpec, chunks: Chunks) -> Running:
@@ -67,7 +72,7 @@ def running(inputs: PassInputs, spec: PassSpec, chunks: Chunks) -> Running:
 
 
 def results(
-    inputs: PassInputs, chunks: Chunks, run: Running, mean_row: Tensor, retained: Tensor
+    inputs: PassInputs, chunks: Chunks, run: Running, mean_row: Tensor, retained: Tensor, inverse: Tensor
 ) -> tuple[PassOutput, Saved]:
     x = inputs.x
     # Each output is a tensor of its own, asked for or not: autograd tells outputs apart by the tensor.
@@ -102,7 +107,7 @@ def results(
         hardest_product=hardest_product,
         hardest_row=hardest_row,
     )
-    return out, Saved(shift, hardest_row, mean_row, target_rows, retained)
+    return out, Saved(shift, hardest_row, mean_row, target_rows, retained, inverse)
 
 
 def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
@@ -112,9 +117,10 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
     classes = inputs.weight.shape[0] if inputs.class_ids is None else inputs.class_ids.shape[0]
     dtype = operands(spec.dtype)
     # Nothing or everything is retained whatever a chunk is. Tracing its size for nothing would tie the graph to N.
-    some = 0 < fitting_classes(n, dtype.itemsize, spec.retain_bytes) < classes
-    chunk = chunk_classes(n, d, classes, spec.chunk_bytes) if some else 1
-    retained = retained_classes(n, classes, chunk, dtype.itemsize, spec.retain_bytes)
+    kept = logits_bytes(n, classes, spec)
+    some = 0 < fitting_classes(n, dtype.itemsize, kept) < classes
+    chunk = chunk_classes(n, d, classes, chunk_bytes(n, classes, spec)) if some else 1
+    retained = retained_classes(n, classes, chunk, dtype.itemsize, kept)
     hinging, hardest = inputs.threshold is not None, n if spec.want_hardest else 0
     out = PassOutput(
         rest=x.new_empty(n if spec.want_rest else 0),
@@ -133,5 +139,6 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
         mean_row=x.new_empty(0 if inputs.mean_weight is None else d),
         target_rows=x.new_empty(n, d),
         retained=new_tile(x, retained, dtype),
+        inverse=x.new_empty(classes if spec.unit_weight else 0),
     )
     return out, saved
