@@ -14,7 +14,14 @@ from torch import Tensor
 
 from tritonmargin.backends.precision import operands
 from tritonmargin.backends.torch_ops import Running, new_tile, reduce_logits
-from tritonmargin.class_pass.chunks import Chunks, chunk_bytes, chunk_classes, fitting_classes, logits_bytes, retained_classes
+from tritonmargin.class_pass.chunks import (
+    Chunks,
+    chunk_bytes,
+    chunk_classes,
+    fitting_classes,
+    logits_bytes,
+    retained_classes,
+)
 from tritonmargin.class_pass.exp_range import finite
 from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 
