@@ -43,8 +43,8 @@ def logits_bytes(n: int, classes: int, spec: PassSpec) -> int:
     """How many bytes of logits to keep for backward.
 
     By default all of them or none: a part would leave most of the fourth product, and take memory from the chunk. Half
-    of the budget is the chunk's at least: chunks of a few classes cost more than the product. Who sizes the chunk, sizes
-    what is retained too.
+    of the budget is the chunk's at least: chunks of a few classes cost more than the product. Who sizes the chunk,
+    sizes what is retained too.
     """
     if spec.retain_bytes >= 0:
         return spec.retain_bytes

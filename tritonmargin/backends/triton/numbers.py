@@ -153,7 +153,7 @@ def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, 
     empty = made(0)
     hinging, hardest = inputs.threshold is not None, n if spec.want_hardest else 0
     per_row = spec.unit_weight or any(each is not None for each in (inputs.bias, inputs.offset, inputs.mean_weight))
-    retained = plan_for(x, weight, inputs.class_ids, spec).retained if spec.retain_bytes else 0
+    retained = plan_for(x, weight, inputs.class_ids, spec).retained if spec.retain_bytes > 0 else 0
     output = PassOutput(
         rest=made(n) if spec.want_rest else empty,
         target_product=made(n),

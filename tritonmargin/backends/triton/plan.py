@@ -138,7 +138,7 @@ def make_plan(
     per_class = line_n * size + fixed + (0 if inside else line_d * 4) + blocks(n, weigh.shape[1]) * 4
     backward = chunk_of(chunk_bytes or left, per_class, 128, active)
     retained = 0
-    if library and retain_bytes:
+    if library and retain_bytes > 0:
         fitting = retain_bytes // max(1, line_n * 4)
         forward = forward if fitting >= active else min(forward, max(unit, fitting // unit * unit))
         retained = active if fitting >= active else fitting // forward * forward
