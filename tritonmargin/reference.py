@@ -50,12 +50,13 @@ def margin_cross_entropy(
     sparse_grad: bool = False,
     retain_bytes: int = 0,
     chunk_bytes: int | None = None,
+    memory_budget: int | None = None,
     return_stats: bool = False,
     logq_correction: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """`tm.margin_cross_entropy` from full logits, O(N C) memory; its docstring has the formulas and the arguments.
 
-    `sparse_grad`, `retain_bytes` and `chunk_bytes` change nothing: the gradient of weight is always dense.
+    `sparse_grad` and what is said of memory change nothing: the gradient of weight is always dense.
     """
     if sub_centers != 1:
         raise ValueError(f"sub_centers is 1 in this version, got {sub_centers!r}")

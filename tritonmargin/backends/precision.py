@@ -43,8 +43,12 @@ def precision(dtype: torch.dtype, target: str) -> str:
     "tf32", round the operands to TF32 (11 significant bits, about 1e-3), several times faster. 16-bit operands are
     exact either way.
     """
-    if dtype != torch.float32 or not has_tf32(target):
-        return "ieee"
+    return as_set() if dtype == torch.float32 and has_tf32(target) else "ieee"
+
+
+@torch.compiler.assume_constant_result
+def as_set() -> str:
+    """What torch is set to; a compiled step keeps what was set when it was compiled."""
     with LOCK:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
