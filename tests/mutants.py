@@ -50,7 +50,9 @@ TESTS = {
 }
 MORE = {
     "class_pass/chunks.py": CORE_TESTS,
+    "backends/torch_backend.py": [*CORE_TESTS, "test_optim.py"],
     "backends/torch_ops.py": CORE_TESTS,
+    "backends/triton/plan.py": ["kernels/test_plan.py"],
     "labels.py": CORE_TESTS,
     "loss.py": CORE_TESTS,
 }

@@ -1,4 +1,4 @@
-"""Every offset of the kernels executed past 2^31 elements; and the same offset in 32 bits, to see that it would show.
+"""Offsets of the kernels past 2^31 elements, executed; and each of them in 32 bits, to see that it would show.
 
 Tensors of one byte an element whose lines are 2^30 elements apart: the third begins past 2^31. ttsem holds them several
 times: 10 GB, and 18 where rows have a state.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,16 +19,16 @@ from torch import Tensor
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
-from test_kernels import broken, with_tiles
-from tritonmargin.kernels.triton_ops import Running, Shares
+from kernel_cases import broken
 
-from tritonmargin.backends import registry as kernels
-from tritonmargin.kernels import triton_ops
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.backends.registry import KernelError
+from tritonmargin.kernels.updates import TRITON_RULES
 
 LINE = (1 << 30) + 16
-D, N = 32, 3
-OPERANDS = torch.float8_e5m2
+N, BLOCK = 3, 16  # samples and classes; of a tile, and how long lines of numbers are
+TILE = {"TILE": (BLOCK, BLOCK, 32), "SPLIT": 1, "num_warps": 4}
+DOT = (False, "ieee")
+Place = Callable[[str, Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -40,237 +39,218 @@ def freed() -> None:
 
 def lines(content: Tensor) -> Tensor:  # [3, D]
     """The same numbers in lines that are far apart."""
-    memory = torch.empty(2 * LINE + D, dtype=content.dtype, device=DEVICE)
+    memory = torch.empty(2 * LINE + content.shape[1] + BLOCK, dtype=content.dtype, device=DEVICE)
     far = memory.as_strided(content.shape, (LINE, 1))
     return far.copy_(content)
 
 
-def small(seed: int, dtype: torch.dtype = torch.int8) -> Tensor:  # [3, D]
+def placed(far: str) -> Place:
+    """Lays a tensor out far apart if it is one of those; "columns of w": one that is stored column by column."""
+
+    def place(name: str, content: Tensor) -> Tensor:
+        if f"columns of {name}" == far:
+            return lines(content.t()).t()
+        return lines(content) if name in far.split(", ") else content
+
+    return place
+
+
+def small(seed: int, d: int, dtype: torch.dtype = torch.int8) -> Tensor:  # [3, d]
     random = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (N, D), generator=random, device="cpu").to(dtype=dtype, device=DEVICE)
+    return torch.randint(-3, 4, (N, d), generator=random, device="cpu").to(dtype=dtype, device=DEVICE)
 
 
-def empty(dtype: torch.dtype = torch.float32, rows: int = N) -> Tensor:
-    return torch.full((rows, D), 77, dtype=dtype, device=DEVICE)
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
 
-def prepared(ops: ModuleType, w: Tensor | None = None, ids: Tensor | None = None, out: Tensor | None = None) -> Any:
-    """Rows of W, not normalised: small whole numbers, so that every result is exact."""
-    return ops.prepare_rows(small(1) if w is None else w, ids, 0, N, False, empty() if out is None else out, None)
+ORDER = torch.tensor([2, 0, 1], device=DEVICE)  # numbers of rows
+NOBODY = torch.full((N * BLOCK,), -1, dtype=torch.int32, device=DEVICE)  # labels of samples whose class is elsewhere
 
 
-def rows_of_w(ops: ModuleType) -> None:
-    w = small(1)
-    assert prepared(ops, lines(w)).rows.equal(w.float())
-
-
-def rows_of_w_by_number(ops: ModuleType) -> None:
-    w, ids = small(1), torch.tensor([2, 0, 1], device=DEVICE)
-    assert prepared(ops, lines(w), ids).rows.equal(w[ids].float())
-
-
-def columns_of_w(ops: ModuleType) -> None:
-    """W stored column by column: rows of three numbers that are far apart."""
-    w = small(1)[:, :3].contiguous()
-    far = lines(w.t()).t()  # lines of the transpose
-    out = torch.full((N, 3), 77.0, device=DEVICE)
-    assert prepared(ops, far, out=out).rows.equal(w.float())
-
-
-def rows_that_are_stored(ops: ModuleType) -> None:
-    w = small(1)
-    assert prepared(ops, w.float(), out=lines(empty(torch.int8))).rows.equal(w)
-
-
-def far_tile() -> Tensor:  # [K, N]
-    return lines(empty(torch.int8)).t()
-
-
-def product(ops: ModuleType, x: Tensor, rows: Tensor) -> Tensor:  # [K, N]
-    """Where z = x rows^T is above 0, of `weigh_chunk`."""
-    own = torch.full((N,), -1, device=DEVICE)
-    tile = empty(torch.int8).t()
-    ops.weigh_chunk(rows, x, None, own, 0, "hinge", torch.zeros(N, device=DEVICE), tile, tile, None, None)
-    return tile[:N]
-
-
-def above(x: Tensor, rows: Tensor) -> Tensor:  # [K, N]
-    return (rows.float() @ x.float().t() > 0).to(torch.int8)
-
-
-def samples(ops: ModuleType) -> None:
-    x, rows = small(2, OPERANDS), small(3, OPERANDS)
-    assert product(ops, lines(x), rows).equal(above(x, rows))
-
-
-def rows_of_a_chunk(ops: ModuleType) -> None:
-    x, rows = small(2, OPERANDS), small(3, OPERANDS)
-    assert product(ops, x, lines(rows)).equal(above(x, rows))
-
-
-def tile_that_is_kept(ops: ModuleType) -> None:
-    """Stored by one kernel, and what another one starts from."""
-    x, rows = small(2, torch.float16), small(3, torch.float16)
-    own = torch.full((N,), -1, device=DEVICE)
-    tile, kept = empty(torch.int8).t(), far_tile()
-    slots = triton_ops.slots(x, N)
-    total, maximum = (torch.full((slots, N), value, device=DEVICE) for value in (0.0, -float("inf")))
-    run = Running(total, maximum, None, None, None, None, None)
-    ops.reduce_chunk(rows, x, None, own, 0, False, kept, tile, True, run)
-    assert kept[:N].equal((rows.float() @ x.float().t()).to(torch.int8))
-    ops.weigh_chunk(rows, x, None, own, 0, "hinge", torch.zeros(N, device=DEVICE), tile, tile, kept, None)
-    assert tile[:N].equal(above(x, rows))
-
-
-def products_of_a_chunk(ops: ModuleType) -> None:
-    """Made elsewhere, and read."""
-    z, tile = small(6), empty(torch.int8)
-    own = torch.full((N,), -1, device=DEVICE)
-    ops.call(
-        ops.tile_kernel, 1, lines(z), None, None, own, torch.zeros(N, device=DEVICE), None, (tile, D, None, None),
-        N, D, 0, LINE, D, 1, EPILOGUE=ops.weigh_tile, OPTIONS=ops.SHARES["hinge"], READY=False, DESCRIPTORS=False,
-        PRECISION="ieee", ROUND=False, SPECIALISED=False, D=1, BLOCK_N=16, BLOCK_C=16, BLOCK_D=16,
-        num_warps=4, num_stages=1,
+def rows(ops: Any, place: Place, d: int) -> None:
+    x, w, y = place("x", small(1, d)), place("w", small(2, d)), ORDER.int()
+    xs, targets, label = small(0, d), small(0, d), zeros(BLOCK, dtype=torch.int32)
+    ops.launch.call(
+        ops.row_kernels.rows_kernel, N, x, w, y, None, (None, None, None), xs, targets, zeros(8, BLOCK), label, N,
+        BLOCK, N, N, 0, -100, 2, 1.0, x.stride(), w.stride(), xs.stride(0), UNIT=(False, False), ROUND=False, D=d,
+        BLOCK_D=32,
     )  # fmt: skip
-    assert tile.equal((z > 0).to(torch.int8))
+    assert xs.equal(small(1, d))
+    assert targets.equal(small(2, d)[ORDER])
 
 
-def share_of_a_chunk(ops: ModuleType) -> None:
-    x, rows = small(2, torch.float16), small(3, torch.float16)
-    own, tile = torch.full((N,), -1, device=DEVICE), far_tile()
-    ops.weigh_chunk(rows, x, None, own, 0, "hinge", torch.zeros(N, device=DEVICE), tile, tile, None, None)
-    assert tile[:N].equal(above(x, rows))
+def classes(ops: Any, place: Place, d: int, ids: Tensor | None) -> None:
+    w, copies = place("w", small(1, d)), small(0, d)
+    ops.launch.call(
+        ops.row_kernels.classes_kernel, 1, w, ids, None, None, None, copies, None, N, BLOCK, 0, w.stride(),
+        copies.stride(0), 0, UNIT=False, ROUND=False, D=d, BLOCK_K=BLOCK, BLOCK_D=32,
+    )  # fmt: skip
+    assert copies.equal(small(1, d) if ids is None else small(1, d)[ids])
 
 
-def last_tile_only(numbers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples x, a row w with x w = 1, and no targets; `ONE_TILE` computes the last tile of them."""
-    one = torch.ones(1, D, dtype=torch.float16, device=DEVICE)
-    return one.expand(numbers, D), one / D, torch.full((numbers,), -1, dtype=torch.int8, device=DEVICE)
+def operands(place: Place, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Class rows, samples, and where their products are above 0, [classes, samples]."""
+    w, x = (small(seed, d, torch.float8_e5m2) for seed in (3, 4))
+    return place("w", w), place("xs", x), w.float() @ x.float().t() > 0
 
 
-def numbers_of_a_slot(ops: ModuleType) -> None:
-    """Slots times samples: what the last of 9 slots keeps of 2^28 samples."""
-    block, n = 16, 1 << 28
-    x, rows, own = last_tile_only(n)
-    total = torch.zeros(9, n, dtype=torch.int8, device=DEVICE)
-    run = (total, None, None, None, None, None)
-    ops.launch(rows.expand(9 * block, D), x, None, own, 0, None, None, rows, run, ops.reduce_tile, True, False, False)
-    assert total[-1, -block:].equal(torch.full((block,), 2 * block, dtype=torch.int8, device=DEVICE))  # 2^z = 2
-    assert not total[:-1, -block:].any()
-    assert not total[0, :block].any()
+def reduce(ops: Any, place: Place, d: int, made: bool) -> None:
+    w, xs, above = operands(place, d)
+    a, hinge, violations = place("z", above.to(torch.int8)) if made else xs, zeros(1, N), zeros(1, N)
+    ops.launch.call(
+        ops.logits_kernels.reduce_kernel, 1, a, w, NOBODY, None, zeros(N),
+        (None, None, None, None, hinge, violations, None), N, N, d, 0, BLOCK, xs.stride(0), w.stride(0), a.stride(0),
+        KIND=(False, False, False, made), HOW=DOT, **TILE,
+    )  # fmt: skip
+    assert violations[0].equal(above.sum(dim=0).float())
 
 
-def class_sums_of_a_tile(ops: ModuleType) -> None:
-    """Blocks of samples times classes: the bias's gradient of the last of 2^21 blocks, in 1,040 classes."""
-    block, n, k = 16, 1 << 25, 1040
-    x, rows, own = last_tile_only(n)
-    share = torch.zeros(1, k, dtype=torch.int8, device=DEVICE).expand(n, k)
-    sums = torch.zeros(n // block, k, dtype=torch.int8, device=DEVICE)
-    shift, factor = (torch.full((n,), value, device=DEVICE) for value in (0.0, 1.0))
-    out, options = (share, 0, factor, sums), ops.SHARES["hinge"]
-    ops.launch(rows.expand(k, D), x, None, own, 0, shift, None, rows, out, ops.weigh_tile, options, False, False)
-    assert sums[-1, -block:].equal(torch.full((block,), block, dtype=torch.int8, device=DEVICE))
-    assert not sums[0].any()
+def reduce_slots(ops: Any, place: Place, d: int) -> None:
+    """Slots times samples: the ninth slot of 2^28 samples; `ONE_TILE` computes it alone."""
+    n, x = 1 << 28, zeros(BLOCK, d, dtype=torch.float16)
+    total = zeros(8 * n + BLOCK, dtype=torch.int8)
+    ops.launch.call(
+        ops.logits_kernels.reduce_kernel, 1, x, x, NOBODY, None, None, (total, *[None] * 6), n, 9 * BLOCK, d, 0,
+        BLOCK, d, 0, 0, KIND=(False, False, False, False), HOW=DOT, **TILE,
+    )  # fmt: skip
+    assert (total[8 * n :] == BLOCK).all()  # of 2^0
+    assert not total[:BLOCK].any()
 
 
-def finish(ops: ModuleType, product: Tensor | None, out: Tensor, place: Tensor | None = None, **more: Any) -> None:
-    shares = more.pop("shares", [])
-    ops.finish_rows(product, empty(), prepared(ops), 0, shares, None, None, None, out, place, **more)
+def weigh(ops: Any, place: Place, d: int, made: bool) -> None:
+    w, xs, above = operands(place, d)
+    a, p = place("z", above.to(torch.int8)) if made else w, place("p", zeros(N, BLOCK).to(torch.int8))
+    ops.launch.call(
+        ops.logits_kernels.weigh_kernel, 1, a, xs, NOBODY, zeros(8, BLOCK), zeros(6, BLOCK) + 1, None, None, p,
+        (None, None), N, N, d, 0, BLOCK, BLOCK, w.stride(0), xs.stride(0), a.stride(0), p.stride(0),
+        KIND=(False, False, True, False, made), HOW=DOT, **TILE,
+    )  # fmt: skip
+    assert p[:, :N].equal(above.to(torch.int8))
 
 
-def gradient_of_a_chunk(ops: ModuleType) -> None:
-    a, out = small(4), empty()
-    finish(ops, lines(a), out)
-    assert out.equal(a.float())
+def weigh_sums(ops: Any, place: Place, d: int) -> None:
+    """Blocks of samples times classes: the third block of 2^30 classes; `ONE_TILE` computes it alone."""
+    k, x = 1 << 30, zeros(BLOCK, d, dtype=torch.float16)
+    sums = zeros(2 * k + BLOCK, dtype=torch.int8)
+    ops.launch.call(
+        ops.logits_kernels.weigh_kernel, 1, x, x, NOBODY, zeros(8, 48), zeros(6, 48) + 1, None, None, x,
+        (None, sums), 48, k, d, 0, 48, BLOCK, d, 0, 0, 0, KIND=(False, False, False, False, False), HOW=DOT, **TILE,
+    )  # fmt: skip
+    assert (sums[2 * k :] == BLOCK).all()
+    assert not sums[:BLOCK].any()
 
 
-def gradient(ops: ModuleType) -> None:
-    a, out = small(4), lines(empty(torch.int8))
-    finish(ops, a, out)
-    assert out.equal(a)
+def finish(ops: Any, place: Place, d: int, ids: Tensor | None, made: int, update: bool) -> None:
+    """dL/dW is a product that is given, or one of P and x', and what the one sample of class 1 adds."""
+    kind = torch.int8 if made else torch.float8_e5m2
+    p, xs = place("p", small(5, d if made else N, kind)), place("xs", small(6, d, torch.float8_e5m2))
+    x, w = place("x", small(7, d)), place("w", small(8, d))
+    label, numbers, grads = NOBODY.clone(), zeros(8, BLOCK), zeros(6, BLOCK)
+    label[2], grads[1, 2] = 1, 1.0
+    one = torch.tensor([2.0**14, 2.0**13], device=DEVICE)  # float16's factor, here 1; it makes float32 of bytes
+    state = place("state", small(9, d)) if update else None
+    out = w if update else small(0, d)
+    ops.launch.call(
+        ops.finish_kernel.finish_kernel, 1, p, xs, label, numbers, grads, None,
+        (None, None, None, 0), (x, None), (), one, w, ids, out, ((1.0, 1.0, 0.0, 0.0), (state,), None), N, N, 0, BLOCK,
+        BLOCK, (p.stride(0), xs.stride(0), w.stride(), out.stride(0), x.stride()), 1.0, 0,
+        KIND=(d, False, False, made, False, ids is not None, False, False, DOT),
+        RULE=TRITON_RULES["sgd"] if update else None, **TILE,
+    )  # fmt: skip
+    a = small(5, d) if made else (small(5, N).float() @ small(6, d).float()).to(torch.int8)
+    a[1] += small(7, d)[2]
+    at = torch.arange(N, device=DEVICE) if ids is None else ids
+    if state is None:
+        assert out[at].equal(a)
+    else:
+        assert state[at].equal(small(9, d)[at] + a)
+        assert out[at].equal(small(8, d)[at] - small(9, d)[at] - a)
 
 
-def gradient_by_row_number(ops: ModuleType) -> None:
-    a, out, place = small(4), lines(empty(torch.int8)), torch.tensor([2, 0, 1], device=DEVICE)
-    finish(ops, a, out, place)
-    assert out[place].equal(a)
+def finish_sums(ops: Any, place: Place, d: int, bias: bool) -> None:
+    """What `weigh_kernel` has summed: the third block of 2^30 classes; `ONE_TILE` stops after the first classes."""
+    k, one = 1 << 30, torch.ones(BLOCK, d, device=DEVICE)
+    sums, out, grad_bias = zeros(2 * k + BLOCK, dtype=torch.int8), 0 * one, zeros(BLOCK)
+    sums[2 * k :] = 1
+    given = (None, sums, (grad_bias, None), 3) if bias else (sums, None, None, 3)
+    ops.launch.call(
+        ops.finish_kernel.finish_kernel, 1, 0 * one, None, NOBODY, zeros(8, BLOCK), zeros(6, BLOCK),
+        zeros(3, BLOCK) + 1, given, (one, None), (), None, one, None, None if bias else out, None, k, BLOCK, 0, BLOCK,
+        BLOCK, (d, d, (d, 1), d, (d, 1)), 1.0, 0, KIND=(d, not bias, False, 1, False, False, False, False, DOT),
+        RULE=None, **TILE,
+    )  # fmt: skip
+    assert (grad_bias == 1).all() if bias else (out == -1).all()
 
 
-def updated_rows_and_their_state(ops: ModuleType) -> None:
-    a, w, buffer = small(4), small(1), small(5)
-    place = torch.tensor([2, 0, 1], device=DEVICE)
-    far, state = lines(w), lines(buffer)
-    finish(ops, a, far, place, update=RowUpdate("sgd", far, (1.0, 1.0, 0.0, 0.0), (state,)))
-    assert state[place].equal(buffer[place] + a)
-    assert far[place].equal(w[place] - buffer[place] - a)
+def back(ops: Any, place: Place, d: int) -> None:
+    product, x, out = place("product", small(1, d)), small(2, d), small(0, d)
+    numbers, grads = zeros(8, BLOCK) + 1, zeros(6, BLOCK) + 1
+    ops.launch.call(
+        ops.row_kernels.back_kernel, N, product, x, numbers, grads, (), None, None, 0 * out, None, out,
+        BLOCK, 1.0, x.stride(), product.stride(0), UNIT=(False, False), NORM=True, D=d, BLOCK_D=32,
+    )  # fmt: skip
+    assert out.equal(small(1, d) + small(2, d))
 
 
-def shares_of_many_samples(ops: ModuleType) -> None:
-    """The last of 2^21 + 3 samples of width 1,024 point at the rows."""
-    n, d = (1 << 21) + 3, 1 << 10
-    own = torch.full((n,), -1, device=DEVICE)
-    own[-3:] = torch.arange(3, device=DEVICE)
-    along = torch.empty(n, d, dtype=torch.int8, device=DEVICE)
-    along[-3:] = torch.arange(3 * d, device=DEVICE).remainder(7).to(torch.int8).view(3, d)
-    shares = Shares(own, along)
-    shares.__dict__["sorted"] = own, along  # sorted as they are; a copy would be of 2^31 numbers
-    out = torch.full((3, d), float("nan"), device=DEVICE)
-    w = torch.zeros(3, d, device=DEVICE)
-    rows = ops.prepare_rows(w, None, 0, 3, False, out.clone(), None)
-    ops.finish_rows(None, out, rows, 0, [shares], None, None, None, out, None)
-    assert out.equal(along[-3:].float())
-
-
-# The test, the offset, and the same one in 32 bits.
-OFFSETS: dict[Callable[[ModuleType], None], tuple[str, str]] = {
-    rows_of_w: ("source = row if ids is None", "source = row.to(tl.int32) if ids is None"),
-    rows_of_w_by_number: (
-        "tl.load(ids + row, mask=inside, other=0)\n", "tl.load(ids + row, mask=inside, other=0).to(tl.int32)\n",
-    ),
-    columns_of_w: ("d[None, :].to(tl.int64) * stride_column", "d[None, :] * stride_column"),
-    rows_that_are_stored: ("out = row[:, None] * stride_rows", "out = row[:, None].to(tl.int32) * stride_rows"),
-    samples: ("x + sample[:, None].to(tl.int64) *", "x + sample[:, None] *"),
-    products_of_a_chunk: ("far = sample[:, None].to(tl.int64) *", "far = sample[:, None] *"),
-    rows_of_a_chunk: ("rows + row[:, None].to(tl.int64) *", "rows + row[:, None] *"),
-    tile_that_is_kept: ("sample[:, None].to(tl.int64) * stride_tile", "sample[:, None] * stride_tile"),
-    share_of_a_chunk: ("sample[:, None].to(tl.int64) * stride_share", "sample[:, None] * stride_share"),
-    numbers_of_a_slot: ("own = slot.to(tl.int64) * n", "own = slot * n"),
-    class_sums_of_a_tile: ("slot_n.to(tl.int64) * k", "slot_n * k"),
-    gradient_of_a_chunk: ("product + row[:, None] *", "product + row[:, None].to(tl.int32) *"),
-    gradient: ("target = row if place", "target = row.to(tl.int32) if place"),
-    gradient_by_row_number: (
-        "tl.load(place + row, mask=inside, other=0)\n", "tl.load(place + row, mask=inside, other=0).to(tl.int32)\n",
-    ),
-    updated_rows_and_their_state: (
-        "tl.load(place + row, mask=inside, other=0)\n", "tl.load(place + row, mask=inside, other=0).to(tl.int32)\n",
-    ),
-    shares_of_many_samples: ("tl.cast(i, tl.int64) * D", "i * D"),
-}  # fmt: skip
-# Programs of all tiles but the last are many millions.
-ONE_TILE = ("tl.range(tl.program_id(0), tiles, tl.num_programs(0)", "tl.range(tiles - 1, tiles, tiles")
+PROGRAM = "i = tl.program_id(0).to(tl.int64)\n    d = tl.arange(0, BLOCK_D)\n    "
+ROW, CLASS = PROGRAM + "valid", "row = tl.program_id(0).to(tl.int64) * BLOCK_K"
+LEFT, RIGHT = "row[:, None].to(tl.int64) * stride_a", "column[:, None].to(tl.int64) * stride_b"
+# Which kernel, how, what is far apart, and the 64 bits in its source; or what is there in their place.
+CASES: list[tuple[Callable[..., None], tuple[Any, ...], str, str, str]] = [
+    (rows, (), "x", ROW, ""),
+    (rows, (), "w", "other=0).to(tl.int64)\n    valid", ""),
+    (rows, (), "columns of w", "d.to(tl.int64) * strides_w[1]", ""),
+    (classes, (None,), "w", CLASS, ""),
+    (classes, (ORDER,), "w", "other=0)\n    if UNIT", "other=0).to(tl.int32)\n    if UNIT"),
+    (classes, (None,), "columns of w", "d[None, :].to(tl.int64) * strides_w[1]", ""),
+    (reduce, (False,), "xs", LEFT, ""),
+    (reduce, (False,), "w", RIGHT, ""),
+    (reduce, (True,), "z", "column[None, :].to(tl.int64) * stride_z", ""),
+    (reduce_slots, (), "", "own = slot.to(tl.int64) * n", ""),
+    (weigh, (False,), "w", LEFT, ""),
+    (weigh, (False,), "xs", RIGHT, ""),
+    (weigh, (True,), "z", "row[:, None].to(tl.int64) * stride_z", ""),
+    (weigh, (False,), "p", "row[:, None].to(tl.int64) * stride_out", ""),
+    (weigh_sums, (), "", "slot.to(tl.int64) * k", ""),
+    (finish, (None, 1, False), "p", "row[:, None].to(tl.int64) * stride_p", ""),
+    (finish, (None, 0, False), "p", LEFT, ""),
+    (finish, (None, 0, False), "xs", "at[:, None].to(tl.int64) * stride_b", ""),
+    (finish, (None, 1, False), "w", "position = (row + start).to(tl.int64)", ""),
+    (finish, (None, 1, False), "columns of w", "column[None, :].to(tl.int64) * strides_w[1]", ""),
+    (finish, (None, 1, False), "x", "i.to(tl.int64) * strides_x[0]", ""),
+    (finish, (ORDER, 1, True), "w, state", "other=0)\n        if KIND[3]", "other=0).to(tl.int32)\n        if KIND[3]"),
+    (finish_sums, (False,), "", "along + tl.cast(block, tl.int64) * k", "along + block * k"),
+    (finish_sums, (True,), "", "by_class + tl.cast(block, tl.int64) * k", "by_class + block * k"),
+    (back, (), "product", PROGRAM + "mask = d < D\n    g", ""),
+]
+TILES = "tl.range(tl.program_id(0), tiles_{} * tl.cdiv(k, BLOCK_C), tl.num_programs(0)):\n        {}"
+ONE_TILE = {  # all of them are many millions
+    reduce_slots: (TILES.format("n", "# Tiles"), "tl.range(8 * tiles_n, 8 * tiles_n + 1):\n        # Tiles"),
+    weigh_sums: (TILES.format("n", "slot, first_c"), "tl.range(2, 3):\n        slot, first_c"),
+    finish_sums: (TILES.format("d", "first_d"), "tl.range(tiles_d):\n        first_d"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.xdist_group("two gigabytes")
 @pytest.mark.parametrize("bits", [64, 32])
-@pytest.mark.parametrize("check", OFFSETS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} {case[2]}".strip())
 def test_offsets_past_2_to_the_31(
-    check: Callable[[ModuleType], None], bits: int, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    case: Any, bits: int, ttsem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ttsem.sanitize import KernelFault
 
-    old, new = OFFSETS[check]
-    edits = [(old, new)] if bits == 32 else []
-    if check in (numbers_of_a_slot, class_sums_of_a_tile):
-        edits.append(ONE_TILE)
-    module = broken(tmp_path, monkeypatch, *edits) if edits else triton_ops
-    with_tiles(monkeypatch, module, block_n=16, block_c=16, block_d=32, descriptors=False, programs=1)
+    check, how, far, old, new = case
+    edits = [(old, new or old.replace(".to(tl.int64)", ""))] if bits == 32 else []
+    ops = broken(tmp_path, monkeypatch, *edits, *([ONE_TILE[check]] if check in ONE_TILE else []))
+    d = 3 if far.startswith("columns") else 32
     if bits == 64:
-        check(module)
+        check(ops, placed(far), d, *how)
         return
-    with pytest.raises((kernels.KernelError, AssertionError)) as found:
-        check(module)
-    if isinstance(found.value, kernels.KernelError):
+    with pytest.raises((KernelError, AssertionError)) as found:
+        check(ops, placed(far), d, *how)
+    if isinstance(found.value, KernelError):
         cause = found.value.__cause__
         assert isinstance(cause, KernelFault) or isinstance(cause.__cause__, KernelFault), cause
