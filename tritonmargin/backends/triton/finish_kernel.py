@@ -124,7 +124,7 @@ def add_samples(
         while i < 2147483647:
             g = tl.load(gradient + i * stride_gradient)
             v = tl.load(
-                x + i.to(tl.int64) * strides_x[0] + column * strides_x[1], mask=column < KIND[3], other=0.0
+                x + i.to(tl.int64) * strides_x[0] + column.to(tl.int64) * strides_x[1], mask=column < KIND[3], other=0.0
             ).to(tl.float32)  # fmt: skip
             v *= scale * g
             if KIND[1]:

@@ -85,7 +85,7 @@ def rows_kernel(
     y -= first_class
     here = valid & (y >= 0) & (y < classes)
     y = tl.where(here, y, 0)
-    v = tl.load(x + i * strides_x[0] + d * strides_x[1], mask=(d < D) & valid, other=0.0).to(tl.float32)
+    v = tl.load(x + i * strides_x[0] + d.to(tl.int64) * strides_x[1], mask=(d < D) & valid, other=0.0).to(tl.float32)
     w = tl.load(weight + y * strides_w[0] + d.to(tl.int64) * strides_w[1], mask=(d < D) & here, other=0.0)
     inside = (d < D) & (i < n)
     tl.store(target_rows + i * D + d, w, mask=inside)  # an update in backward may change it before it is read
@@ -419,7 +419,7 @@ def back_kernel(
         g += of * tl.load(rows + i * D + d, mask=mask, other=0.0)
     inverse = tl.load(numbers + INVERSE_X * line + i)
     read = tl.where(inverse > 0.0, D, 0)  # nan in an ignored embedding must not be
-    v = tl.load(x + i * strides_x[0] + d * strides_x[1], mask=d < read, other=0.0).to(tl.float32)
+    v = tl.load(x + i * strides_x[0] + d.to(tl.int64) * strides_x[1], mask=d < read, other=0.0).to(tl.float32)
     v *= inverse
     if UNIT[0]:
         g = (g - v * tl.sum(v * g, axis=0)) * inverse
