@@ -244,8 +244,10 @@ def test_opcheck_of_its_backward(name: str) -> None:
 
 def test_the_schemas_are_what_the_values_say() -> None:
     """Positions in the operators' flat arguments are fields, in order: a field more is an argument more."""
-    backward = SAVED + len(PassGrads._fields) + 3
-    for op, more in ((OPS.class_pass.default, 0), (OPS.class_pass_backward.default, backward)):
+    for op, more in (
+        (OPS.class_pass.default, 0),
+        (OPS.class_pass_backward.default, SAVED + len(PassGrads._fields) + 3),
+    ):
         names = [argument.name for argument in op._schema.arguments]
         fields = list(PassSpec.__dataclass_fields__)
         assert names[: len(PassInputs._fields)] == list(PassInputs._fields)

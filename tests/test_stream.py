@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tritonmargin as tm
 from tritonmargin.class_pass.chunks import chunk_classes, retained_classes
 from tritonmargin.class_pass.exp_range import is_bounded, split_factor
+from tritonmargin.class_pass.forward import Saved, run_forward
 from tritonmargin.class_pass.op import OUTPUTS, SAVED, class_pass, encode
 from tritonmargin.margins import MARGINS
 from tritonmargin.spec import PassGrads, PassInputs, PassOutput, PassSpec
@@ -472,6 +473,43 @@ def test_matrix_products_per_chunk(kind: str, objective: str, frozen: str, retai
 
 
 @cpu_only
+@pytest.mark.parametrize("frozen", ["", "x", "w"], ids=["nothing", "x", "w"])
+@every_objective
+@every_kind
+def test_a_cpu_retains_all_logits_where_half_of_the_budget_has_room(kind: str, objective: str, frozen: str) -> None:
+    """One byte less and there are as many products as without; and so with a chunk that the caller sized."""
+    given = problem(6, 9, CLASSES).to(torch.float32)
+    tiles, products = 6 * CLASSES * 4, 0 if objective == "max-hinge" else 2 - len(frozen)
+    again = 0 if objective == "max-hinge" else 1
+    for budget, chunk, expected in (
+        (None, None, products),
+        (20 * tiles, None, products),
+        (2 * tiles, 10**6, products + again),
+    ):
+        options = {"objective": objective, "memory_budget": budget, "chunk_bytes": chunk}
+        costs = step(given, KINDS[kind], frozen, **options)
+        assert [len(each.products) for each in costs] == [1, expected], (budget, chunk)
+    # Chunks of 64 classes now, so a retained tile shows in each of them.
+    for budget, kept in ((2 * tiles, True), (2 * tiles - 1, False)):
+        costs = step(given, KINDS[kind], frozen, objective=objective, memory_budget=budget, chunk_bytes=None)
+        chunks = len(costs[0].products)
+        assert chunks > 1
+        assert len(costs[1].products) == chunks * (products if kept else products + again), budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_objective
+@every_kind
+def test_retained_logits_change_no_bit(kind: str, objective: str, dtype: torch.dtype) -> None:
+    """Not even in low precision, with a bias or without a bound: kept is what backward would have made."""
+    given = problem(6, 9, CLASSES, bias=kind == "raw rows").to(dtype)
+    kept = streamed(given, KINDS[kind], objective=objective, retain_bytes=EVERYTHING)
+    made_again = streamed(given, KINDS[kind], objective=objective)
+    for key, value in made_again.items():
+        assert torch.equal(kept[key], value), key
+
+
+@cpu_only
 def test_no_grad_keeps_no_tile() -> None:
     given = problem(16, 9, 40 * ONE_CHUNK).to(torch.float32)
     tiles = 16 * 40 * ONE_CHUNK * 4
@@ -480,6 +518,11 @@ def test_no_grad_keeps_no_tile() -> None:
         paid = step(given, tm.ArcFace(), retain_bytes=EVERYTHING)[0]
     assert paid.above(tiles) == 0
     assert len(paid.products) == 40
+    leaves = given.x, given.w
+    for retain, kept in ((-1, 1), (0, 0)):
+        inputs, spec = asked(*leaves, given.y, torch.float32, retain_bytes=retain, chunk_bytes=0, memory_budget=10**7)
+        saved = Saved(*run_forward(inputs, spec)[1])
+        assert len(saved.retained) == kept * len(given.w)
 
 
 BIG = {"n": 64, "d": 32, "c": 300 * ONE_CHUNK}

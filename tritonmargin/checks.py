@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from tritonmargin.class_pass.op import seen_as_ops
 from tritonmargin.margins import Margin
 from tritonmargin.spec import LossInputs
 
@@ -109,18 +110,25 @@ def outside(target: Tensor, num_classes: int, ignore_index: int) -> Tensor | Non
     return ((target != ignore_index) & ((target < 0) | (target >= num_classes))).any()
 
 
-@torch.library.custom_op("tritonmargin::positions", mutates_args=())
 def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """Each target's position in the pass, int64, -1 where it is ignored. An op, so that a compiled step checks too.
+    """Each target's position in the pass, int64, -1 where it is ignored.
+
+    An operator, so that a compiled step checks too, where somebody has to see one: a call of it costs more time than
+    what it does to a small batch.
 
     Raises:
         ValueError: a label out of range or not in class_ids, ids not sorted. Checked on the CPU always, on other
             devices with TRITONMARGIN_DEBUG=1, because looking means waiting for them.
     """
+    found = positions_op if seen_as_ops((target, class_ids)) else find_positions
+    return found(target, class_ids, num_classes, ignore_index)
+
+
+def find_positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
     label = target.to(torch.int64, copy=True)
     valid = label != ignore_index
     careful = looks_at_values(target.device)
-    if careful:
+    if careful and not all_classes(label, num_classes):
         wrong = label[valid & ((label < 0) | (label >= num_classes))]
         if len(wrong):
             raise ValueError(
@@ -143,6 +151,15 @@ def positions(target: Tensor, class_ids: Tensor | None, num_classes: int, ignore
     return row.masked_fill_(~valid, -1)
 
 
-@positions.register_fake
+def all_classes(label: Tensor, num_classes: int) -> bool:
+    """Whether no label needs a closer look: all are classes, ignored or not."""
+    lowest, highest = label.aminmax() if len(label) else (0, 0)
+    return int(lowest) >= 0 and int(highest) < num_classes
+
+
+positions_op = torch.library.custom_op("tritonmargin::positions", find_positions, mutates_args=())
+
+
+@positions_op.register_fake
 def _(target, class_ids, num_classes, ignore_index):  # type: ignore[no-untyped-def]
     return target.new_empty(target.shape, dtype=torch.int64)

@@ -62,11 +62,12 @@ def margin_cross_entropy(
         objective: see above.
         sparse_grad: the gradient of weight is a sparse COO tensor of the active rows only.
         retain_bytes: keep up to so many bytes of logits from forward to backward, which then need not be recomputed;
-            whole chunks of them.
+            whole chunks of them. 0: on a CPU all of them, where they fit half of `memory_budget` and chunk_bytes is
+            not given.
         memory_budget: bytes that a step may take beside inputs, gradients and [N, D] numbers: for the gradient of a
             chunk's logits, and for copies of class rows that are kept for backward where the products cannot take W as
-            it is. Default: a 64th of the GPU's memory. On a CPU it is the size of a chunk; default: a third of the
-            last-level cache. More is fewer and larger products; it never changes the accuracy.
+            it is. Default: a 64th of the GPU's memory. On a CPU for a chunk and for logits that are retained; default:
+            a third of the last-level cache. More is fewer and larger products; it never changes the accuracy.
         chunk_bytes: the size of a chunk of classes by itself, in bytes.
         return_stats: also return `Stats`, from the same pass.
         logq_correction: class_ids are a uniform sample of S classes that holds the P distinct targets: adds

@@ -42,9 +42,8 @@ def budget_bytes(spec: PassSpec) -> int:
 def logits_bytes(n: int, classes: int, spec: PassSpec) -> int:
     """How many bytes of logits to keep for backward.
 
-    By default all of them or none: a part would leave most of the fourth product, and take memory from the chunk. Half
-    of the budget is the chunk's at least: chunks of a few classes cost more than the product. Who sizes the chunk,
-    sizes what is retained too.
+    By default all of them or none, and no more than half of the budget: chunks of a few classes cost more than the
+    product that is saved. None where the caller gave the chunk a size: then the memory is the caller's to count.
     """
     if spec.retain_bytes >= 0:
         return spec.retain_bytes
@@ -60,6 +59,18 @@ def chunk_bytes(n: int, classes: int, spec: PassSpec) -> int:
     if spec.retain_bytes < 0 and logits_bytes(n, classes, spec):
         kept = n * classes * operands(spec.dtype).itemsize
     return max(1, budget_bytes(spec) - kept)
+
+
+def retained_of(n: int, d: int, classes: int, spec: PassSpec) -> int:
+    """How many classes' logits forward keeps.
+
+    Nothing or everything is retained whatever a chunk is. A compiler that traced its size for nothing would tie the
+    graph to N.
+    """
+    itemsize, kept = operands(spec.dtype).itemsize, logits_bytes(n, classes, spec)
+    some = 0 < fitting_classes(n, itemsize, kept) < classes
+    chunk = chunk_classes(n, d, classes, chunk_bytes(n, classes, spec)) if some else 1
+    return retained_classes(n, classes, chunk, itemsize, kept)
 
 
 def fitting_classes(n: int, itemsize: int, retain_bytes: int) -> int:

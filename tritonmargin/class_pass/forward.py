@@ -14,14 +14,7 @@ from torch import Tensor
 
 from tritonmargin.backends.precision import operands
 from tritonmargin.backends.torch_ops import Running, new_tile, reduce_logits
-from tritonmargin.class_pass.chunks import (
-    Chunks,
-    chunk_bytes,
-    chunk_classes,
-    fitting_classes,
-    logits_bytes,
-    retained_classes,
-)
+from tritonmargin.class_pass.chunks import Chunks, retained_of
 from tritonmargin.class_pass.exp_range import finite
 from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 
@@ -42,8 +35,7 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
     with torch.autocast(x.device.type, enabled=False):
         chunks = Chunks(inputs, spec)
         run = running(inputs, spec, chunks)
-        kept = logits_bytes(chunks.n, chunks.classes, spec)
-        count = retained_classes(chunks.n, chunks.classes, chunks.size, chunks.dtype.itemsize, kept)
+        count = retained_of(chunks.n, chunks.d, chunks.classes, spec)
         retained = new_tile(chunks.x, count, chunks.dtype)
         # Where a tile is read again after a difference, the difference needs a buffer of its own.
         scratch = chunks.scratch(separate=spec.want_rest and inputs.threshold is not None)
@@ -122,12 +114,6 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
     x, target = inputs.x, inputs.target
     n, d = x.shape
     classes = inputs.weight.shape[0] if inputs.class_ids is None else inputs.class_ids.shape[0]
-    dtype = operands(spec.dtype)
-    # Nothing or everything is retained whatever a chunk is. Tracing its size for nothing would tie the graph to N.
-    kept = logits_bytes(n, classes, spec)
-    some = 0 < fitting_classes(n, dtype.itemsize, kept) < classes
-    chunk = chunk_classes(n, d, classes, chunk_bytes(n, classes, spec)) if some else 1
-    retained = retained_classes(n, classes, chunk, dtype.itemsize, kept)
     hinging, hardest = inputs.threshold is not None, n if spec.want_hardest else 0
     out = PassOutput(
         rest=x.new_empty(n if spec.want_rest else 0),
@@ -145,7 +131,7 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
         hardest_row=target.new_empty(hardest),
         mean_row=x.new_empty(0 if inputs.mean_weight is None else d),
         target_rows=x.new_empty(n, d),
-        retained=new_tile(x, retained, dtype),
+        retained=new_tile(x, retained_of(n, d, classes, spec), operands(spec.dtype)),
         inverse=x.new_empty(classes if spec.unit_weight else 0),
     )
     return out, saved
