@@ -361,6 +361,7 @@ SPILLING = {"sm_80": set(), "sm_90": {"finish_kernel"}}
 STEP = ("rows", "classes", "reduce", "loss", "sum", "weigh", "finish", "back")
 
 
+@pytest.mark.slow  # compiles four steps
 @pytest.mark.parametrize("target", SPILLING)
 @pytest.mark.parametrize("margin", [tm.ArcFace(), tm.Softmax()], ids=["unit", "softmax"])
 @cpu_only

@@ -41,6 +41,7 @@ def audited() -> pd.DataFrame:
 
 
 @once
+@pytest.mark.slow  # compiles three steps and more; `python -m perf audit` compiles all
 def test_kernels_are_audited(audited: pd.DataFrame) -> None:
     """Matrix instructions where there are products, an exp for every logit, registers and blocks that fit."""
     amd, low = audited["target"] == "gfx942", audited["dtype"] == "bfloat16"
