@@ -203,7 +203,7 @@ def test_on_a_gpu_steps_are_enqueued_before_one_is_waited_for_and_a_graph_is_war
 
 def test_the_peak_of_a_step_counts_what_it_allocates(monkeypatch: Any) -> None:
     """With and without the gradient of W: its last allocation of that size."""
-    monkeypatch.setattr("tritonmargin.walk.cache_bytes", lambda: 4 << 20)  # not this machine's
+    monkeypatch.setattr("tritonmargin.class_pass.chunks.cache_bytes", lambda: 4 << 20)  # not this machine's
     desk = FakeGpu(monkeypatch).desk
     assert desk.peak(STEP) == pytest.approx({"peak_mb": 1.1, "beyond_mb": 1.1 - SMALL.weight_bytes / 1e6})
     problem = Problem(n=64, d=16, classes=400_000)
