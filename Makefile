@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 KERNELS := tests/kernels tests/test_draw.py tests/test_formulas.py
 # What differs between GPUs: tiles, how they are loaded, and the memory on the chip that they need.
 FEWER := "several_tiles or grids_and_loads or shared_memory"
-# The interpreter, 10 ms a program: that it still runs them all. `make test-all` gives it the rest.
+# The interpreter, 10 ms a program: that it still runs them all.
 INTERPRETED := "numbers_and_gradients or loss_and_gradients or test_rules or test_draw or test_formulas"
 
 # The inner loop, under 2 minutes on 2 cores: what breaks first when something does. Values and gradients of every loss on
@@ -34,23 +34,22 @@ check: $(VENV)/test.done lint perf-check
 	$(PYTEST) -m "not slow" -k "$(FIRST) or $(RANKED)" tests/test_functional.py tests/test_parallel.py tests/test_checkpoint.py
 	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -k "$(FIRST)" tests/test_functional.py
 
+# What kernels compute, at the sizes and options that most go through; test-all runs every test on every machine.
 test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" $(KERNELS) tests/test_functional.py tests/test_op.py tests/test_failures.py tests/test_optim.py \
-		tests/test_golden.py tests/test_integrations.py
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" tests/kernels/test_class_pass.py tests/kernels/test_fused_loss.py tests/test_golden.py
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
-	TRITONMARGIN_TESTS=ttsem-100 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" -k $(INTERPRETED) $(KERNELS)
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/test_op.py
 
 test-all: $(VENV)/test.done
 	$(PYTEST) --ignore tests/test_perf_planted.py $(ARGS)
 	$(BIN)/python -m pytest -s tests/test_perf_planted.py  # it takes times: alone
 	for machine in ttsem-80 ttsem-90 ttsem-100; do \
 		TRITONMARGIN_EVERY=1 TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_offsets.py tests/test_functional.py tests/test_op.py \
-			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py tests/test_optim.py || exit 1; \
+			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py tests/test_optim.py \
+			tests/test_golden.py tests/test_integrations.py || exit 1; \
 	done
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" $(KERNELS) tests/test_op.py
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" -k $(INTERPRETED) $(KERNELS)
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/test_op.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
