@@ -63,7 +63,8 @@ class FusedLoss(torch.autograd.Function):
             found, factor = grads.new_empty(()), grads.new_empty(())
             call(rows_of.sum_kernel, 1, losses, found, factor, n, MEAN=loss.reduction == "mean", BLOCK=1024)
         ctx.save_for_backward(*inputs, grads, factor, *saved)
-        ctx.plan, ctx.updater, ctx.weight, ctx.done = plan, loss.updater, weight, False
+        ctx.plan, ctx.updater, ctx.done = plan, loss.updater, False
+        ctx.weight = None if loss.updater is None else weight  # what is saved may be moved by hooks
         ctx.spec, ctx.scaled = spec, formula.function is not None and not spec.unit_embeddings
         return found
 
