@@ -193,7 +193,8 @@ class Margin(nn.Module):
     def schedule(self, step: int) -> None:
         """Set every scheduled number to its value at `step`. A function of the step only, so a resumed run agrees.
 
-        Call it between steps: a number that changes between forward and backward makes autograd raise.
+        Call it between steps. Where PyTorch computes the margin, a number that changes between forward and backward
+        makes autograd raise; where kernels do, backward is that of the old number.
         """
         for name, function in self._schedules.items():
             setattr(self, name, float(function(step)))

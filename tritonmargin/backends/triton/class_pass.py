@@ -86,9 +86,9 @@ def forward_pass(
     if (per_row or copies is not None) and (plan.whole or not plan.copied):
         prepare(inputs, spec, plan, copies, class_numbers, 0, plan.active)
     retained = make((plan.retained, plan.line_n), dtype=torch.float32) if plan.retained else None
-    room = None
+    buffer = None
     if plan.library and plan.retained < plan.active:
-        room = make((plan.forward_chunk, plan.line_n), dtype=torch.float32)
+        buffer = make((plan.forward_chunk, plan.line_n), dtype=torch.float32)
     tile = plan.reduce
     use = tile.descriptors and n > 0  # nothing can be described to the memory accelerator that has no line
     a = described(xs, (tile.shape[0], tile.shape[2]), use)
@@ -101,7 +101,7 @@ def forward_pass(
             continue
         b, made, stride_z = rows, a, 0
         if plan.library:
-            z = retained[start:stop] if retained is not None and stop <= plan.retained else room[: stop - start]  # type: ignore[index]
+            z = retained[start:stop] if retained is not None and stop <= plan.retained else buffer[: stop - start]  # type: ignore[index]
             multiply(rows, xs.t(), z, plan.precision)
             made, b, stride_z = z, cast(Any, None), plan.line_n
         elif use:
