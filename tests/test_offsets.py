@@ -153,8 +153,8 @@ def finish(ops: Any, place: Place, d: int, ids: Tensor | None, made: int, update
     out = w if update else small(0, d)
     ops.launch.call(
         ops.finish_kernel.finish_kernel, 1, p, xs, label, numbers, grads, None,
-        (None, None, None, 0), (x, None), (), one, w, ids, out, ((1.0, 1.0, 0.0, 0.0), (state,), None), N, N, 0, BLOCK,
-        BLOCK, (p.stride(0), xs.stride(0), w.stride(), out.stride(0), x.stride()), 1.0, 0,
+        (None, None, None, 0), (x, None), ((), one), w, ids, out, ((1.0, 1.0, 0.0, 0.0), (state,), None), N, N, 0,
+        (BLOCK, BLOCK), (p.stride(0), xs.stride(0), w.stride(), out.stride(0), x.stride()), 1.0, 0,
         KIND=(d, False, False, made, False, ids is not None, False, False, DOT),
         RULE=TRITON_RULES["sgd"] if update else None, **TILE,
     )  # fmt: skip
@@ -176,9 +176,9 @@ def finish_sums(ops: Any, place: Place, d: int, bias: bool) -> None:
     given = (None, sums, (grad_bias, None), 3) if bias else (sums, None, None, 3)
     ops.launch.call(
         ops.finish_kernel.finish_kernel, 1, 0 * one, None, NOBODY, zeros(8, BLOCK), zeros(6, BLOCK),
-        zeros(3, BLOCK) + 1, given, (one, None), (), None, one, None, None if bias else out, None, k, BLOCK, 0, BLOCK,
-        BLOCK, (d, d, (d, 1), d, (d, 1)), 1.0, 0, KIND=(d, not bias, False, 1, False, False, False, False, DOT),
-        RULE=None, **TILE,
+        zeros(3, BLOCK) + 1, given, (one, None), ((), None), one, None, None if bias else out, None, k, BLOCK, 0,
+        (BLOCK, BLOCK), (d, d, (d, 1), d, (d, 1)), 1.0, 0,
+        KIND=(d, not bias, False, 1, False, False, False, False, DOT), RULE=None, **TILE,
     )  # fmt: skip
     assert (grad_bias == 1).all() if bias else (out == -1).all()
 
@@ -200,6 +200,7 @@ LEFT, RIGHT = "row[:, None].to(tl.int64) * stride_a", "column[:, None].to(tl.int
 CASES: list[tuple[Callable[..., None], tuple[Any, ...], str, str, str]] = [
     (rows, (), "x", ROW, ""),
     (rows, (), "w", "other=0).to(tl.int64)\n    valid", ""),
+    (rows, (), "columns of x", "strides_x[0] + d.to(tl.int64) * strides_x[1], mask=(d < D) & valid", ""),
     (rows, (), "columns of w", "d.to(tl.int64) * strides_w[1]", ""),
     (classes, (None,), "w", CLASS, ""),
     (classes, (ORDER,), "w", "other=0)\n    if UNIT", "other=0).to(tl.int32)\n    if UNIT"),
@@ -218,6 +219,7 @@ CASES: list[tuple[Callable[..., None], tuple[Any, ...], str, str, str]] = [
     (finish, (None, 0, False), "xs", "at[:, None].to(tl.int64) * stride_b", ""),
     (finish, (None, 1, False), "w", "position = (row + start).to(tl.int64)", ""),
     (finish, (None, 1, False), "columns of w", "column[None, :].to(tl.int64) * strides_w[1]", ""),
+    (finish, (None, 1, False), "columns of x", "column.to(tl.int64) * strides_x[1]", ""),
     (finish, (None, 1, False), "x", "i.to(tl.int64) * strides_x[0]", ""),
     (finish, (ORDER, 1, True), "w, state", "other=0)\n        if KIND[3]", "other=0).to(tl.int32)\n        if KIND[3]"),
     (finish_sums, (False,), "", "along + tl.cast(block, tl.int64) * k", "along + block * k"),

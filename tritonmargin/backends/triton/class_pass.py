@@ -369,9 +369,9 @@ def finish(
     more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias))
     call(
         finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
-        (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest), kind.upstream,
-        None if half is None else half.extremes, weight, inputs.class_ids, out, changes, k, plan.line_n, start,
-        plan.line, plan.active,
+        (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest),
+        (kind.upstream, None if half is None else half.extremes), weight, inputs.class_ids, out, changes, k,
+        plan.line_n, start, (plan.line, plan.active),
         (stride_p, plan.line_d, weight.stride(), 0 if out is None else out.stride(0), x.stride()), spec.scale, seed,
         KIND=(plan.d, spec.unit_weight, spec.unit_embeddings, made, spec.unit_weight and plan.copied, by_ids,
               kind.norms[1], update is not None and update.seed is not None, (use, plan.precision)),

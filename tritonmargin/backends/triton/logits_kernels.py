@@ -180,15 +180,7 @@ def reduce_kernel(
         if total is not None and maximum is None:
             fold(total, own, found, inside, KIND[2])
         if maximum is not None:
-            if KIND[2]:
-                earlier = tl.load(maximum + own, mask=inside, other=-float("inf"))
-                before = tl.load(total + own, mask=inside, other=0.0)
-                new = tl.maximum(earlier, high)
-                shift = tl.where(new == -float("inf"), 0.0, new)
-                found = found * tl.exp2(high - shift) + before * tl.exp2(earlier - shift)
-                high = new
-            tl.store(total + own, found, mask=inside)
-            tl.store(maximum + own, high, mask=inside)
+            fold_scaled(total, maximum, own, found, high, inside, KIND[2])
 
 
 @triton.jit
@@ -196,6 +188,20 @@ def fold(sums, own, value, inside, MORE: tl.constexpr):
     if MORE:
         value += tl.load(sums + own, mask=inside, other=0.0)
     tl.store(sums + own, value, mask=inside)
+
+
+@triton.jit
+def fold_scaled(total, maximum, own, found, high, inside, MORE: tl.constexpr):
+    """`fold` of sums of exp2(z - high), each with its maximum."""
+    if MORE:
+        earlier = tl.load(maximum + own, mask=inside, other=-float("inf"))
+        before = tl.load(total + own, mask=inside, other=0.0)
+        new = tl.maximum(earlier, high)
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        found = found * tl.exp2(high - shift) + before * tl.exp2(earlier - shift)
+        high = new
+    tl.store(total + own, found, mask=inside)
+    tl.store(maximum + own, high, mask=inside)
 
 
 @triton.jit
