@@ -19,11 +19,10 @@ from cases import cpu_only, made
 from torch import Tensor
 
 import tritonmargin as tm
-from tritonmargin.backends import registry
+from tritonmargin.backends import registry, tiles
 from tritonmargin.backends.registry import KernelError, load_backend
-from tritonmargin.kernels import tiles
-from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.rows import scaled_rows
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritonmargin as tm
-from tritonmargin import centers
-from tritonmargin.checkpoint import CheckpointError
+from tritonmargin.checkpoint import CheckpointError, centers
 from tritonmargin.distributed.shard import Shard
 
 # -- export -----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import tritonmargin as tm
-from tritonmargin import manifest
-from tritonmargin.checkpoint import CheckpointError, load, save
+from tritonmargin.checkpoint import CheckpointError, load, manifest, save
 from tritonmargin.distributed import agreement
 from tritonmargin.distributed.shard import Shard
 from tritonmargin.optim import RowAdamW
@@ -597,7 +596,7 @@ def test_a_state_that_changes_meanwhile_is_saved_as_it_was(pool, tmp_path):
 
 def test_a_save_in_the_background_comes_back_at_once(tmp_path, monkeypatch):
     go, publish = threading.Event(), manifest.publish
-    monkeypatch.setattr(tm.checkpoint, "publish", lambda *args: (go.wait(), publish(*args)))
+    monkeypatch.setattr("tritonmargin.checkpoint.save_load.publish", lambda *args: (go.wait(), publish(*args)))
     state = {"weight": matrix(10, 1), "names": ["a"]}
     future = save(tmp_path, state, 1, asynchronous=True)
     state["weight"].zero_()

@@ -20,8 +20,8 @@ from tritonmargin.sampling import Sampler, draw, draw_by_torch
 if MACHINE == "cpu":
     pytest.skip("kernels run on a GPU, under ttsem or in the interpreter", allow_module_level=True)
 
-from tritonmargin.kernels import draw as draw_kernels
-from tritonmargin.kernels.draw import draw_by_triton
+from tritonmargin.backends.triton import draw_kernels
+from tritonmargin.backends.triton.draw_kernels import draw_by_triton
 
 # (C, S, N, first class), and why.
 SIZES = {

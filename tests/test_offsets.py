@@ -22,7 +22,7 @@ if MACHINE == "cpu":
 from kernel_cases import broken
 
 from tritonmargin.backends.registry import KernelError
-from tritonmargin.kernels.updates import TRITON_RULES
+from tritonmargin.backends.triton.update_rules import TRITON_RULES
 
 LINE = (1 << 30) + 16
 N, BLOCK = 3, 16  # samples and classes; of a tile, and how long lines of numbers are

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import tritonmargin as tm
 from tritonmargin.backends.torch_ops import RowGrads, finish_gradient, prepare_rows
-from tritonmargin.kernels.updates import RowUpdate, corrections, stochastic, update_rows
 from tritonmargin.optim import NoGradient, RowAdamW, RowSGD
+from tritonmargin.optim.update_rules import RowUpdate, corrections, stochastic, update_rows
 
 C, D = 40, 6
 
@@ -385,7 +385,7 @@ def test_a_scaled_loss_is_refused_before_rows_move(reduction: str) -> None:
 
 @cpu_only
 def test_where_looking_waits_for_the_device_the_first_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tm.optim, "looks_at_values", lambda device: False)
+    monkeypatch.setattr(tm.optim.row_optimizer, "looks_at_values", lambda device: False)
     head = tm.MarginSoftmaxLoss(5, 12)
     optimiser = RowSGD(head.parameters(), lr=0.1)
     head.update_in_backward(optimiser)

@@ -21,7 +21,7 @@ from perf.kernels import audit, cases, model, tune
 from perf.kernels.compile import Compiled, compiling_for
 from perf.kernels.gpus import GPUS
 from perf.kernels.ttsem import played
-from tritonmargin.kernels import tiles
+from tritonmargin.backends import tiles
 
 pd = pytest.importorskip("pandas")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tritonmargin.backends.types import Backend
     from tritonmargin.distributed.shard import Batch, Shard
     from tritonmargin.distributed.single import SingleBatch
-    from tritonmargin.optim import RowOptimizer
+    from tritonmargin.optim.row_optimizer import RowOptimizer
     from tritonmargin.sampling import Sampler
 
 SETTINGS = 3  # what `gathered` compares between ranks

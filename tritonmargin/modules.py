@@ -15,10 +15,10 @@ from tritonmargin.checks import check_class_vector, check_margin
 from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.shard import GRADIENT_FOR, Shard
 from tritonmargin.distributed.single import SINGLE
-from tritonmargin.kernels.updates import mixed
 from tritonmargin.loss import SETTINGS, compute_loss
 from tritonmargin.margins import ArcFace, Margin
-from tritonmargin.optim import RowOptimizer
+from tritonmargin.optim.row_optimizer import RowOptimizer
+from tritonmargin.optim.update_rules import mixed
 from tritonmargin.sampling import Sampler
 from tritonmargin.spec import LossInputs, LossOptions, Stats, check_name
 

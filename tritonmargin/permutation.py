@@ -11,7 +11,8 @@ and Rackoff, 1988; Black and Rogaway, 2002, for sizes that are no power of two).
 A point that comes out beyond C goes through the network again until it is inside ("cycle walking"), which is one to one
 on [0, C). The sides a and b are such that hardly any point is beyond.
 
-All of it is integer arithmetic of 64 bits on a few integers, the same on every device; kernels/draw.py is its Triton.
+All of it is integer arithmetic of 64 bits on a few integers, the same on every device; backends/triton/draw_kernels.py
+is its Triton.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def draw_op(
 ) -> Tensor:
     if backend == "torch":
         return draw_by_torch(target, state, first_class, num_classes, num_samples)
-    from tritonmargin.kernels.draw import draw_by_triton  # Triton is imported when it is first used
+    from tritonmargin.backends.triton.draw_kernels import draw_by_triton  # Triton is imported when it is first used
 
     return draw_by_triton(target, state, first_class, num_classes, num_samples)
 

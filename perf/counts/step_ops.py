@@ -132,15 +132,16 @@ def no_launches(launched: list[Any]) -> Any:
 @contextlib.contextmanager
 def as_a_gpu(launched: list[Any]) -> Iterator[None]:
     """Inside, what the library does on a GPU alone: no launch runs, labels are not looked at."""
-    from tritonmargin import checks, optim
+    from tritonmargin import checks
     from tritonmargin.backends.triton import class_pass
+    from tritonmargin.optim import row_optimizer
 
     def product(out: torch.Tensor, p: torch.Tensor, *_: Any) -> None:
         p.t()
         out.zero_()  # one operation, as on a GPU: a CPU has no product of 16 bits that is summed in float32
 
     with contextlib.ExitStack() as patches:
-        for module in (checks, optim):
+        for module in (checks, row_optimizer):
             patches.enter_context(mock.patch.object(module, "looks_at_values", return_value=False))
         patches.enter_context(mock.patch.object(class_pass, "add_product", product))
         patches.enter_context(no_launches(launched))

@@ -21,10 +21,11 @@ from torch import Tensor
 import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
-from tritonmargin.backends import precision
+from tritonmargin.backends import precision, tiles
 from tritonmargin.backends.triton import BACKEND, class_pass, fused, numbers
+from tritonmargin.backends.triton import draw_kernels as draw
 from tritonmargin.backends.triton import plan as plans
-from tritonmargin.kernels import draw, tiles, updates
+from tritonmargin.optim import update_rules as updates
 from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
 Launches = dict[str, Callable[..., object]]

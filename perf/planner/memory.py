@@ -16,7 +16,7 @@ import pandas as pd
 from perf.kernels.gpus import GPUS, H200, Gpu
 from perf.suite.machine import memory_bytes
 from tritonmargin.class_pass.chunks import chunk_classes
-from tritonmargin.optim import CHUNK_BYTES
+from tritonmargin.optim.row_optimizer import CHUNK_BYTES
 
 GRADIENTS = {"dense": "dense gradient", "sparse": "sparse gradient", "backward": "update in backward"}
 ITEMS = {2: "bfloat16", 4: "float32"}  # bytes per number

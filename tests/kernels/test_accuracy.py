@@ -24,7 +24,7 @@ from kernel_cases import NUMBERS, random
 import tritonmargin as tm
 from tritonmargin.backends.triton import BACKEND
 from tritonmargin.backends.triton import numbers as numbers_module
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
 N, D, C = 64, 128, 1000

@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from tritonmargin.backends.tiles import Device, pick_tiles
 from tritonmargin.backends.triton import plan as plan_module
 from tritonmargin.backends.triton.plan import Plan, Tile, copies, fits, kept_copies, make_plan, plan_for
-from tritonmargin.kernels.tiles import Device, pick_tiles
 from tritonmargin.spec import PassInputs, PassSpec
 
 DEVICES = [

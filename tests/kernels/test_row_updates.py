@@ -18,7 +18,8 @@ import triton.language as tl
 from kernel_cases import NUMBERS, Case, exact, given, near, random, upstream
 
 from tritonmargin.backends.triton import numbers as numbers_module
-from tritonmargin.kernels.updates import RowUpdate, random_bits, update_rows
+from tritonmargin.backends.triton.update_rules import random_bits
+from tritonmargin.optim.update_rules import RowUpdate, update_rows
 from tritonmargin.spec import PassGrads
 
 RULES: dict[str, tuple[str, tuple[float, ...], int]] = {

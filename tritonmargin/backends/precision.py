@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tritonmargin.kernels.tiles import device_of
+from tritonmargin.backends.tiles import device_of
 
 LOCK = threading.RLock()  # torch has one setting for float32 products in all threads
 

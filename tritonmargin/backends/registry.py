@@ -15,7 +15,7 @@ from torch import Tensor  # the ops' annotations are looked up here too, where `
 
 if TYPE_CHECKING:
     from tritonmargin.backends.types import Backend
-    from tritonmargin.kernels.updates import RowUpdate
+    from tritonmargin.optim.update_rules import RowUpdate
 
 # Modules that have a `BACKEND`. "reference" is not one of them: it has no class pass.
 MODULES = {"torch": "tritonmargin.backends.torch_backend", "triton": "tritonmargin.backends.triton"}

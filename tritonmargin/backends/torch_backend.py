@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonmargin.backends.types import Backend
 from tritonmargin.class_pass.backward import run_backward
 from tritonmargin.class_pass.forward import fake_forward, run_forward
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 

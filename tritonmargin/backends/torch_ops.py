@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.backends.variants import hinge
-from tritonmargin.kernels.updates import RowUpdate, update_rows
+from tritonmargin.optim.update_rules import RowUpdate, update_rows
 
 
 @dataclass

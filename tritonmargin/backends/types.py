@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.margins import Margin
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, LossInputs, LossOptions, PassGrads, PassInputs, PassOutput, PassSpec
 
 if TYPE_CHECKING:
-    from tritonmargin.optim import RowOptimizer
+    from tritonmargin.optim.row_optimizer import RowOptimizer
 
 
 class Backend(Protocol):

@@ -35,7 +35,7 @@ from tritonmargin.backends.variants import hinge_slope
 from tritonmargin.class_pass.chunks import Chunks
 from tritonmargin.class_pass.exp_range import split_factor
 from tritonmargin.class_pass.forward import Saved
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassSpec
 
 

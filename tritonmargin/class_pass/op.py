@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.registry import KernelError, backend_after, load_backend
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 SAVED = 10  # tensors that a backend may save for backward: torch.func.vmap takes no lists of tensors

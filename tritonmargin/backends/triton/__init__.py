@@ -13,12 +13,12 @@ from tritonmargin.backends.triton import numbers
 from tritonmargin.backends.triton.fused import Loss, fused_loss
 from tritonmargin.backends.types import Backend
 from tritonmargin.class_pass.exp_range import is_bounded
-from tritonmargin.kernels.updates import RowUpdate
 from tritonmargin.margins import Margin
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, LossInputs, LossOptions, PassGrads, PassInputs, PassOutput, PassSpec
 
 if TYPE_CHECKING:
-    from tritonmargin.optim import RowOptimizer
+    from tritonmargin.optim.row_optimizer import RowOptimizer
 
 
 class TritonBackend:

@@ -20,13 +20,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonmargin.backends.precision import multiplying
+from tritonmargin.backends.tiles import row_block
 from tritonmargin.backends.triton import row_kernels as rows_of
 from tritonmargin.backends.triton.finish_kernel import finish_kernel
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.logits_kernels import reduce_kernel, weigh_kernel
 from tritonmargin.backends.triton.plan import Plan
-from tritonmargin.kernels.tiles import row_block
-from tritonmargin.kernels.updates import TRITON_RULES, RowUpdate, corrections, mixed
+from tritonmargin.backends.triton.update_rules import TRITON_RULES
+from tritonmargin.optim.update_rules import RowUpdate, corrections, mixed
 from tritonmargin.spec import InputGrads, PassInputs, PassSpec
 
 

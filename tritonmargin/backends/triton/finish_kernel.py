@@ -17,7 +17,7 @@ from tritonmargin.backends.triton.row_kernels import (
     half_factor,
     inverse_norm,
 )
-from tritonmargin.kernels.updates import store_rounded
+from tritonmargin.backends.triton.update_rules import store_rounded
 
 
 @triton.jit(do_not_specialize=["k", "start", "seed"])

@@ -14,7 +14,7 @@ from tritonmargin.backends.triton.class_pass import Needs, Saved, backward_pass,
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.plan import plan_for
 from tritonmargin.class_pass.op import INPUTS, as_sparse, begin_update, once
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassInputs, PassSpec
 
 if TYPE_CHECKING:

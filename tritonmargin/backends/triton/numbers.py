@@ -16,7 +16,7 @@ from tritonmargin.backends.triton.class_pass import (
 )
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.plan import Plan, kept_copies, plan_for
-from tritonmargin.kernels.updates import RowUpdate
+from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
 COUNT = len(Saved._fields)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonmargin.backends.tiles import Device, device_of, next_power, pick_tiles
 from tritonmargin.backends.triton.launch import blocks
-from tritonmargin.kernels.tiles import Device, device_of, next_power, pick_tiles
 from tritonmargin.spec import PassSpec
 
 SLOTS = 64 << 20  # bytes that partial sums per sample may take

@@ -1,20 +1,4 @@
-"""Checkpoints of sharded heads: all of it or none, checked when they are read, for any number of ranks.
-
-A checkpoint is a folder `step_0000001000` written by torch.distributed.checkpoint, and a `manifest.json` with the size
-and the CRC-32 of every file. It is written as `step_0000001000.partial` and renamed as the last act: a folder without
-the suffix is complete, whenever the job is killed. All ranks have to see the same file system.
-
-    state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
-    tm.checkpoint.save(folder, state, step)
-
-    if tm.checkpoint.load(folder, state) is not None:
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch = state["epoch"]
-
-A DTensor is written by all ranks, each its part, and read into whatever parts there are; a replicated one by the first
-rank. Everything else has to be the same on all ranks.
-"""
+"""Writing and reading a checkpoint together, on all ranks."""
 
 from __future__ import annotations
 
@@ -36,9 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from tritonmargin.centers import export_centers, import_insightface
-from tritonmargin.distributed.agreement import CheckpointError, Ranks, describe, in_background
-from tritonmargin.manifest import (
+from tritonmargin.checkpoint.manifest import (
     PARTIAL,
     clear,
     complete_steps,
@@ -49,9 +31,7 @@ from tritonmargin.manifest import (
     publish,
     read_manifest,
 )
-
-__all__ = ["CheckpointError", "export_centers", "import_insightface", "load", "save"]
-
+from tritonmargin.distributed.agreement import CheckpointError, Ranks, describe, in_background
 
 # -- saving ------------------------------------------------------------------------------------------------------------
 

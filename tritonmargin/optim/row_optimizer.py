@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.checks import looks_at_values
-from tritonmargin.kernels.updates import RowUpdate, mixed, update_rows
+from tritonmargin.optim.update_rules import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")
 CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the precision of sums
