@@ -116,25 +116,21 @@ def operations(events: list[Any], poisoned: bool = False) -> Iterator[tuple[str,
             yield name, name not in VIEWS
 
 
-def no_launches(launched: list[Any]) -> Any:
-    """Inside, a launch is an entry of the list and does not run. A sample that nobody drew is the first classes."""
-    from triton.runtime.jit import JITFunction
+@contextlib.contextmanager
+def as_a_gpu(launched: list[Any]) -> Iterator[None]:
+    """Inside, what the library does on a GPU alone: labels are not looked at, a launch is an entry of the list.
+
+    None runs. A sample that nobody drew is the first classes.
+    """
+    from perf.kernels.cases import launching
+    from tritonmargin import checks
+    from tritonmargin.optim import row_optimizer
 
     def launch(kernel: Any, *args: Any, **_: Any) -> None:
         launched.append(kernel)
         if kernel.fn.__name__ == "candidates_kernel":
             drawn = np.arange(len(args[1]))
             ctypes.memmove(args[1].data_ptr(), drawn.ctypes.data, args[1].nbytes)
-
-    return mock.patch.object(JITFunction, "run", launch)
-
-
-@contextlib.contextmanager
-def as_a_gpu(launched: list[Any]) -> Iterator[None]:
-    """Inside, what the library does on a GPU alone: no launch runs, labels are not looked at."""
-    from tritonmargin import checks
-    from tritonmargin.backends.triton import class_pass
-    from tritonmargin.optim import row_optimizer
 
     def product(out: torch.Tensor, p: torch.Tensor, *_: Any) -> None:
         p.t()
@@ -143,8 +139,7 @@ def as_a_gpu(launched: list[Any]) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for module in (checks, row_optimizer):
             patches.enter_context(mock.patch.object(module, "looks_at_values", return_value=False))
-        patches.enter_context(mock.patch.object(class_pass, "add_product", product))
-        patches.enter_context(no_launches(launched))
+        patches.enter_context(launching(launch, product))
         patches.enter_context(tm.use_backend("triton"))
         yield
 

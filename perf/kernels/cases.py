@@ -17,15 +17,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
 from tritonmargin.backends import precision, tiles
-from tritonmargin.backends.triton import BACKEND, class_pass, fused, numbers
-from tritonmargin.backends.triton import draw_kernels as draw
-from tritonmargin.backends.triton import plan as plans
-from tritonmargin.optim import update_rules as updates
+from tritonmargin.backends.triton import BACKEND, class_pass, draw_kernels, numbers, plan
+from tritonmargin.optim import update_rules
 from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
 Launches = dict[str, Callable[..., object]]
@@ -92,23 +91,18 @@ def device_of(gpu: Gpu) -> tiles.Device:
     return tiles.Device(gpu.target, gpu.processors, gpu.capacity)
 
 
-def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = False) -> plans.Plan:
+def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = False) -> plan.Plan:
     """How the library cuts a pass over c classes on this GPU; other_rows: the products cannot take those of W."""
     kind, how, device = DTYPES[dtype], "tf32" if dtype == "tf32" else "ieee", device_of(gpu)
     copied = other_rows or dtype in ("tf32", "float16")
-    return plans.make_plan(n, d, c, device, kind, how, copied, device.memory // 64, 0, 0)
-
-
-def by_library(dtype: str) -> bool:
-    """Whether torch makes the products, and the kernels only read them."""
-    return dtype == "float32"
+    return plan.make_plan(n, d, c, device, kind, how, copied, device.memory // 64, 0, 0)
 
 
 @contextlib.contextmanager
 def on(gpu: Gpu) -> Iterator[None]:
     """Losses are planned as on this GPU."""
     with contextlib.ExitStack() as patches:
-        for module in (plans, precision):
+        for module in (plan, precision):
             patches.enter_context(mock.patch.object(module, "device_of", return_value=device_of(gpu)))
         yield
 
@@ -116,27 +110,37 @@ def on(gpu: Gpu) -> Iterator[None]:
 @contextlib.contextmanager
 def with_tile(tile: Tiles, gpu: Gpu) -> Iterator[None]:
     """The kernels take this tile instead of the table's; its programs are those of a processor, as in the table."""
-    taken, fresh = tile._replace(programs=tile.programs * gpu.processors), plans.make_plan.__wrapped__
-    with mock.patch.object(plans, "pick_tiles", return_value=taken), mock.patch.object(plans, "make_plan", fresh):
+    taken, fresh = tile._replace(programs=tile.programs * gpu.processors), plan.make_plan.__wrapped__
+    with mock.patch.object(plan, "pick_tiles", return_value=taken), mock.patch.object(plan, "make_plan", fresh):
+        yield
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def launching(launch: Callable[..., object], add_product: Callable[..., object] = nothing) -> Iterator[None]:
+    """Inside, launches are told to `launch` as (kernel, *args, **options), and products of torch are not made."""
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", launch))
+        patches.enter_context(mock.patch.object(class_pass, "multiply", nothing))
+        patches.enter_context(mock.patch.object(class_pass, "add_product", add_product))
         yield
 
 
 @contextlib.contextmanager
 def kept(runs: bool) -> Iterator[Launches]:
-    """Launches inside, by their kernels' names, each kernel's first; with `runs` they are made too. torch's are not."""
-    found, before = Launches(), class_pass.call
+    """Launches inside, by their kernels' names, each kernel's first; with `runs` they are made too."""
+    found, before = Launches(), JITFunction.run
 
     def keep(kernel: Any, *args: Any, **options: Any) -> None:
-        found.setdefault(kernel.fn.__name__.removesuffix("_kernel"), partial(before, kernel, *args, **options))
+        # JITFunction.run is looked up when the launch is called: who compiles it may have put an own one in its place.
+        found.setdefault(kernel.fn.__name__.removesuffix("_kernel"), lambda: kernel.run(*args, **options))
         if runs:
             before(kernel, *args, **options)
 
-    nothing = lambda *_: None  # noqa: E731
-    with contextlib.ExitStack() as patches:
-        for module in (class_pass, fused, numbers, draw):
-            patches.enter_context(mock.patch.object(module, "call", keep))
-        for name in ("multiply", "add_product"):
-            patches.enter_context(mock.patch.object(class_pass, name, nothing))
+    with launching(keep):
         yield found
 
 
@@ -167,7 +171,7 @@ def run(case: Case, dtype: str, n: int, d: int, k: int, device: str) -> None:
         numbers_of(PassInputs(x, weight, target, ids), dtype, case.asked)
         return
     bias = made(k).requires_grad_() if case.bias else None
-    rule = updates.RowUpdate("sgd", weight, ()) if not case.rule else update_of(case.rule, weight.detach())
+    rule = update_rules.RowUpdate("sgd", weight, ()) if not case.rule else update_of(case.rule, weight.detach())
     updater: Any = SimpleNamespace(begin_in_backward=lambda _: rule, finish_in_backward=lambda *_: None)
     inputs = LossInputs(x, weight, target, bias, ids, made(k) if case.weighted else None)
     margin = case.margin().to(device)
@@ -196,26 +200,26 @@ def numbers_of(inputs: PassInputs, dtype: str, asked: tuple[str, ...]) -> None:
         BACKEND.backward(inputs, saved, grads, (True, True, inputs.bias is not None), spec)
 
 
-def of_the_first_class(inputs: PassInputs, spec: PassSpec, plan: plans.Plan, *_: Any) -> tuple[Tensor, Tensor, Any]:
+def of_the_first_class(inputs: PassInputs, spec: PassSpec, of: plan.Plan, *_: Any) -> tuple[Tensor, Tensor, Any]:
     """In place of what looks at numbers that no launch has written."""
-    row = inputs.target.new_zeros(plan.line, dtype=torch.int32)
-    product, rows = row.float(), inputs.x.new_zeros((plan.n, plan.d), dtype=torch.float32)
-    return product[: plan.n], row[: plan.n].long(), (row, rows, product)
+    row = inputs.target.new_zeros(of.line, dtype=torch.int32)
+    product, rows = row.float(), inputs.x.new_zeros((of.n, of.d), dtype=torch.float32)
+    return product[: of.n], row[: of.n].long(), (row, rows, product)
 
 
-def update_of(rule: str, w: Tensor) -> updates.RowUpdate:
+def update_of(rule: str, w: Tensor) -> update_rules.RowUpdate:
     """The rows' update in backward: bfloat16 is rounded by chance, state included."""
     low = w.dtype == torch.bfloat16
     first, second = (torch.zeros_like(w, dtype=w.dtype if low else torch.float32) for _ in range(2))
     seed = 1 if low else None
     if rule == "sgd":
-        return updates.RowUpdate(rule, w, (0.1, 0.9, 5e-4, 0.0), (first,), seed=seed)
+        return update_rules.RowUpdate(rule, w, (0.1, 0.9, 5e-4, 0.0), (first,), seed=seed)
     steps = torch.zeros(len(w), dtype=torch.int32, device=w.device)
-    return updates.RowUpdate(rule, w, (1e-3, 0.9, 0.999, 1e-8, 0.1), (first, second), steps, seed)
+    return update_rules.RowUpdate(rule, w, (1e-3, 0.9, 0.999, 1e-8, 0.1), (first, second), steps, seed)
 
 
 def draws() -> Launches:
     """The three kernels that draw a tenth of the classes, launched as the library does: ids and state are int64."""
     with kept(False) as found:
-        draw.draw_by_triton(torch.arange(N), torch.tensor([1, 0]), 0, C, C // 10)
+        draw_kernels.draw_by_triton(torch.arange(N), torch.tensor([1, 0]), 0, C, C // 10)
     return {f"draw: {name}": launch for name, launch in found.items()}

@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
 
 def step(dtype: str, other_rows: bool = False) -> list[Kernel]:
     """The kernels of a forward and backward; other_rows: class rows are copied first, as a sample's are."""
-    library, apart = cases.by_library(dtype), cases.DTYPES[dtype].itemsize == 4
+    library, apart = dtype == "float32", cases.DTYPES[dtype].itemsize == 4
     operands = (lambda s: s.tile) if library else lambda s: s.x + s.rows
     logits = [Kernel("logits", lambda s: s.tile + s.rows + s.x, "logits", times=2)] if library else []
     rate = "" if library else "logits"
