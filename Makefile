@@ -20,7 +20,10 @@ demo-sharded: $(VENV)/demo.done
 
 # The same tests on other machines: kernels compiled for a GPU and executed on the CPU, or interpreted (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
-KERNELS := tests/kernels tests/test_draw.py tests/test_formulas.py
+KERNELS := tests/kernels tests/training/test_draw.py tests/losses/test_formulas.py
+# Tests of the library that launch kernels where there are any.
+LAUNCHING := $(addprefix tests/losses/test_,functional.py linear_cross_entropy.py op.py failures.py autograd.py stream.py \
+	chunks.py budget.py modules.py golden.py integrations.py) tests/training/test_optim.py tests/training/test_update_in_backward.py
 # What differs between GPUs: tiles, how they are loaded, and the memory on the chip that they need.
 FEWER := "several_tiles or grids_and_loads or shared_memory"
 # The interpreter, 10 ms a program: that it still runs them all.
@@ -31,25 +34,25 @@ INTERPRETED := "numbers_and_gradients or loss_and_gradients or test_rules or tes
 FIRST := against_the_reference and past and chunk and not chunks
 RANKED := same_result_for_any_world_size and some and two or trained_heads_and_optimizers
 check: $(VENV)/test.done lint perf-check
-	$(PYTEST) -m "not slow" -k "$(FIRST) or $(RANKED)" tests/test_functional.py tests/test_parallel.py tests/test_checkpoint.py
-	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -k "$(FIRST)" tests/test_functional.py
+	$(PYTEST) -m "not slow" -k "$(FIRST) or $(RANKED)" tests/losses/test_functional.py \
+		tests/distributed/test_parallel.py tests/training/test_checkpoint.py
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -k "$(FIRST)" tests/losses/test_functional.py
 
 # What kernels compute, at the sizes and options that most go through; test-all runs every test on every machine.
 test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" tests/kernels/test_class_pass.py tests/kernels/test_fused_loss.py tests/test_golden.py
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" tests/kernels/test_class_pass.py tests/kernels/test_fused_loss.py \
+		tests/losses/test_golden.py
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 
 test-all: $(VENV)/test.done
-	$(PYTEST) --ignore tests/test_perf_planted.py $(ARGS)
-	$(BIN)/python -m pytest -s tests/test_perf_planted.py  # it takes times: alone
+	$(PYTEST) --ignore tests/perf/test_perf_planted.py $(ARGS)
+	$(BIN)/python -m pytest -s tests/perf/test_perf_planted.py  # it takes times: alone
 	for machine in ttsem-80 ttsem-90 ttsem-100; do \
-		TRITONMARGIN_EVERY=1 TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) tests/test_offsets.py tests/test_functional.py tests/test_op.py \
-			tests/test_failures.py tests/test_stream.py tests/test_budget.py tests/test_modules.py tests/test_optim.py \
-			tests/test_golden.py tests/test_integrations.py || exit 1; \
+		TRITONMARGIN_EVERY=1 TRITONMARGIN_TESTS=$$machine $(PYTEST) -m "not slow or kernels" $(KERNELS) $(LAUNCHING) || exit 1; \
 	done
 	TRITONMARGIN_TESTS=interpreter $(PYTEST) -m "not slow" -k $(INTERPRETED) $(KERNELS)
-	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/test_op.py
+	TRITONMARGIN_TESTS=interpreter $(PYTEST) -k compiled_step tests/losses/test_op.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ from perf.report.terminal import console
 from perf.suite import accuracy, results
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES = ("functional", "op", "failures", "optim", "stream", "budget", "modules")
+LOSSES = ("functional", "linear_cross_entropy", "op", "failures", "autograd", "stream", "chunks", "budget", "modules")
+TRAINING = ("optim", "update_in_backward")
 GRACE = 20.0  # seconds in which a step that was asked to stop may write what it has
 SHELL = {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"}  # a log's lines are not cut, and there when a step is killed
 
@@ -40,12 +41,14 @@ class Step(NamedTuple):
 
 def steps(out: Path, dry: bool) -> list[Step]:
     few = ("tests/kernels", "-k", "few_launches or grids_and_loads")
-    fewer = ("tests/test_failures.py", "-k", "first_chunk_that_holds and softmax")
+    fewer = ("tests/losses/test_failures.py", "-k", "first_chunk_that_holds and softmax")
     # Most of a test on a GPU is the compilation of its kernels, on one core.
     workers = str(min(12, os.cpu_count() or 1))
     beside = ("-n", workers, "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
     kernels = ("tests/kernels", "-m", "not slow", *beside)
-    losses = (*(f"tests/test_{name}.py" for name in LOSSES), "-m", "not slow", *beside)
+    files = [f"tests/losses/test_{name}.py" for name in LOSSES]
+    files += [f"tests/training/test_{name}.py" for name in TRAINING]
+    losses = (*files, "-m", "not slow", *beside)
     machine = {"TRITONMARGIN_TESTS": "ttsem-90" if dry else "cuda"}
     tiny = ("--classes", "300", "--dim", "16", "--batch", "8", "--providers", "ours,plain,ours-sampled")
     plan = ("tiny", *tiny) if dry else ("gpu", "--device", "cuda")

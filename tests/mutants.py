@@ -34,23 +34,25 @@ LOG = WORK / "outcomes.jsonl"
 REASONS = ROOT / "tests" / "equivalent_mutants.toml"
 TIMEOUT = 240  # seconds for a mutant's tests; a mutant that hangs counts as noticed
 
-MARGIN_TESTS = ["test_margins.py"]
-CORE_TESTS = ["test_functional.py", "test_failures.py", "test_stream.py", "test_modules.py", "test_budget.py"]
+LOSSES = "functional", "linear_cross_entropy", "failures", "autograd", "stream", "chunks", "modules", "budget"
+MARGIN_TESTS = [f"losses/test_{name}.py" for name in ("margins", "margin_numbers", "own_margins")]
+CORE_TESTS = [f"losses/test_{name}.py" for name in LOSSES]
+WITH_OPTIMIZERS = [*CORE_TESTS, "training/test_optim.py", "training/test_update_in_backward.py"]
 TESTS = {
     "margins/angular.py": MARGIN_TESTS,
     "margins/base.py": [*MARGIN_TESTS, *CORE_TESTS],
     "margins/multiplicative.py": MARGIN_TESTS,
-    "margins/plain.py": [*MARGIN_TESTS, "test_functional.py"],
+    "margins/plain.py": [*MARGIN_TESTS, "losses/test_functional.py"],
     "margins/schedules.py": MARGIN_TESTS,
     "objectives.py": CORE_TESTS,
-    "class_pass/backward.py": [*CORE_TESTS, "test_optim.py"],
+    "class_pass/backward.py": WITH_OPTIMIZERS,
     "class_pass/exp_range.py": CORE_TESTS,
     "class_pass/forward.py": CORE_TESTS,
-    "class_pass/op.py": [*CORE_TESTS, "test_optim.py"],
+    "class_pass/op.py": WITH_OPTIMIZERS,
 }
 MORE = {
     "class_pass/chunks.py": CORE_TESTS,
-    "backends/torch_backend.py": [*CORE_TESTS, "test_optim.py"],
+    "backends/torch_backend.py": WITH_OPTIMIZERS,
     "backends/torch_ops.py": CORE_TESTS,
     "backends/triton/plan.py": ["kernels/test_plan.py"],
     "labels.py": CORE_TESTS,

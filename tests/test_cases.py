@@ -35,7 +35,7 @@ def drawn_elsewhere(source: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
 def test_numbers_are_drawn_where_their_generator_is(path: Path) -> None:
     assert drawn_elsewhere(path.read_text()) == []
 

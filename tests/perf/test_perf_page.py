@@ -23,7 +23,7 @@ from perf.suite.plans import BASELINE
 from perf.suite.results import Results
 
 pd = pytest.importorskip("pandas")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 CPU = {"cpu": "an abacus", "cores": 2, "caches": {}, "memory_gib": 16.0, "instruction_set": "beads", "torch": "2.13.0",
        "threads": 2, "date": "2026-12-01", "load_before": 0.1, "device": "cpu", "plan": "default"}  # fmt: skip

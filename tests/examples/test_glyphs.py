@@ -23,7 +23,7 @@ from examples.glyphs import data, evaluate, fonts, train  # noqa: E402
 from examples.glyphs.__main__ import main  # noqa: E402
 from examples.glyphs.recipes import RECIPES, Budget, Settings  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIMIT, CLASSES, UNSEEN, STEPS = 220, 140, 60, 150
 SETTINGS = Settings(
     "arcface", Budget(steps=STEPS), CLASSES, limit=LIMIT, unseen=UNSEEN, batch=16, warm_up=5,

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tritonmargin as tm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LARGE, DIVISOR, LARGEST = 100_000, 1000, 4000  # whole numbers of a snippet, so that it runs in a moment
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -214,13 +214,13 @@ def wrong_names(text: str) -> list[str]:
         wrong += [] if here is not None else [f"tm.{name}"]
     for name, rest in re.findall(r"(?<![\w/])(test_\w+)(\.{3}|\*)?", pieces):
         there = f"def {name}" in all_tests() if rest else f"def {name}(" in all_tests()
-        wrong += [] if there or list((ROOT / "tests").glob(f"{name}{'*' if rest else ''}.py")) else [name]
+        wrong += [] if there or list((ROOT / "tests").rglob(f"{name}{'*' if rest else ''}.py")) else [name]
     return wrong + [name for name in re.findall(r"TRITONMARGIN_[A-Z_]+", pieces) if name not in sources()]
 
 
 @cache
 def all_tests() -> str:
-    return "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py") if path.name != Path(__file__).name)
+    return "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name)
 
 
 @cache

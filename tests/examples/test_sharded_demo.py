@@ -37,7 +37,7 @@ import tqdm  # noqa: E402
 
 from examples.glyphs import data, fonts, partial_fc, ranks, sharded, synced  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS, EVERY, SECONDS = 40, 2, 60.0
 LINE = f"--limit 400 --classes 300 --unseen 80 --batch 16 --rate 0.1 --steps {STEPS} --every {EVERY} --threads 1"
 OPTIONS = sharded.arguments(LINE.split())

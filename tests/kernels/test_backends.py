@@ -26,7 +26,7 @@ from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.rows import scaled_rows
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """A head without a process group inside of DistributedDataParallel and `fully_shard`, as any other module: the losses
 and gradients of two ranks are those of one process with all samples, or, where ranks differ, their average.
 
-A head that shards its classes stays outside of both: test_parallel.py.
+A head that shards its classes stays outside of both: test_parallel.py, test_refusals.py.
 """
 
 from __future__ import annotations
