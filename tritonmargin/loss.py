@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from tritonmargin.backends.precision import accumulate, precision_of
 from tritonmargin.backends.registry import KernelError, backend_after, current_backend, load_backend
 from tritonmargin.class_pass.exp_range import is_bounded
 from tritonmargin.class_pass.op import class_pass, seen_as_ops
+from tritonmargin.distributed.settings import Settings
 from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
 from tritonmargin.margins import Margin, TargetRows
@@ -40,6 +42,7 @@ def compute_loss(
     ranks: Shard | Single = SINGLE,
     sampler: Sampler | None = None,
     updater: RowOptimizer | None = None,
+    also: Mapping[str, object] | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
     """`margin_cross_entropy`, and what only a module can ask for.
 
@@ -47,6 +50,7 @@ def compute_loss(
         them, and the loss that of all ranks' samples; with reduction "none" of this rank's.
     sampler: draws class_ids when the labels of all ranks are known.
     updater: an optimizer that updates the rows of `weight` while backward finishes their gradient.
+    also: settings that must be alike on all ranks, beside those that are given here.
     """
     try:
         labels, compute, backend = validated(inputs, margin, options, ranks, updater)
@@ -56,7 +60,7 @@ def compute_loss(
     if backend == "reference":
         return by_reference(inputs, margin, options, labels, sampler)
     with torch.autocast(inputs.embeddings.device.type, enabled=False):
-        samples = gathered(inputs, labels, options, ranks, sampler, compute)
+        samples = gathered(inputs, labels, margin, options, ranks, sampler, compute, also or {})
         drawn = sampler is not None
         if sampler is not None:
             rows = inputs.weight.shape[0]
@@ -157,18 +161,21 @@ def by_reference(
 def gathered(
     inputs: LossInputs,
     labels: Labels,
+    margin: Margin,
     options: LossOptions,
     ranks: Shard | Single,
     sampler: Sampler | None,
     compute: torch.dtype,
+    also: Mapping[str, object],
 ) -> Samples:
     """Embeddings and labels of all ranks: alone as they are; else in the dtype of sums, ignored ones as zeros."""
+    settings = Settings(margin, options, 1.0 if sampler is None else sampler.rate, also)
     if isinstance(ranks, Single):
-        return Samples(inputs.embeddings, labels, ranks.batch(inputs.embeddings, None))
+        return Samples(inputs.embeddings, labels, ranks.batch(inputs.embeddings, None, settings))
     x = zeros_if_ignored(inputs.embeddings, labels, compute)
     sampling = {"class_ids": inputs.class_ids is not None, "a sample of the classes": sampler is not None}
     outside = checks.outside(inputs.target, ranks.num_classes, options.ignore_index)
-    batch = ranks.batch(x, outside, statistics=options.return_stats, **sampling)
+    batch = ranks.batch(x, outside, settings, statistics=options.return_stats, **sampling)
     return Samples(batch.gather_rows(x), labels.gathered(batch), batch)
 
 
@@ -274,11 +281,11 @@ def rows_for(call: Call, backend: Backend) -> PassRows:
     """The one place that decides who normalises: the backend, or PyTorch, with its autograd."""
     margin, labels, embeddings = call.margin, call.labels, call.samples.embeddings
     if not backend.normalises:
-        x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin)
+        x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin, call.ranks)
         return PassRows(x, call.active.position, norm, {})
     target = {"ignore_index": labels.ignore_index, "first_class": call.ranks.start}
     if isinstance(margin.s, Tensor) and margin.unit_embeddings:  # the scale may have a gradient
-        x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin)
+        x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin, call.ranks)
         return PassRows(x, labels.target, norm, target)
     scale = margin.s if margin.unit_embeddings else 1.0
     return PassRows(

@@ -150,6 +150,7 @@ class MarginSoftmaxLoss(nn.Module):
             raise
         if self.shard is not None:
             check_agreement(self.shard.group, self.description())
+            self.shard.join()
         self.reset_parameters()
 
     @property
@@ -235,7 +236,10 @@ class MarginSoftmaxLoss(nn.Module):
             ranks.announce_error(self.weight, SETTINGS)
             raise
         inputs = LossInputs(embeddings, self.weight, target, self.bias, class_ids, self.class_weight)
-        result = compute_loss(inputs, self.margin, options, ranks=ranks, sampler=sampler, updater=self._updater)
+        also = {"training": self.training, "on_nonfinite": self.on_nonfinite}
+        result = compute_loss(
+            inputs, self.margin, options, ranks=ranks, sampler=sampler, updater=self._updater, also=also
+        )
         if self.on_nonfinite is None:
             return result
         loss, stats = result if isinstance(result, tuple) else (result, None)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tritonmargin.backends.torch_ops import inverse_norm
+from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.margins import Margin
 
+if TYPE_CHECKING:
+    from tritonmargin.distributed.shard import Shard
 
-def scaled_rows(x: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:  # [N, D] -> [N, D], [N]
-    """The rows that the class pass multiplies with: s x/|x| (0 for a zero row) or x itself; and |x|."""
+
+def scaled_rows(
+    x: Tensor, margin: Margin, ranks: Shard | Single = SINGLE
+) -> tuple[Tensor, Tensor]:  # [N, D] -> [N, D], [N]
+    """The rows that the class pass multiplies with: s x/|x| (0 for a zero row) or x itself; and |x|.
+
+    ranks: each of them multiplies these rows with its own classes.
+    """
     norm = torch.linalg.vector_norm(x, dim=1)
     if not margin.unit_embeddings:
         return x, norm
     length = norm.detach()
     length = length.masked_fill(length < 4.0 * torch.finfo(x.dtype).tiny, torch.inf)
     if isinstance(margin.s, Tensor):  # it may have a gradient
-        return margin.s * UnitRows.apply(x, length, 1.0), norm
+        return ranks.shared(margin.s) * UnitRows.apply(x, length, 1.0), norm
     return UnitRows.apply(x, length, margin.s), norm
 
 

@@ -178,6 +178,24 @@ def leave_word(members: list[int]) -> None:
                 dist.distributed_c10d._get_default_store().set(f"{WORD}{rank}", json.dumps([own, members]))
 
 
+# Under it, for each rank: what another one of its group waited for, and is not waiting for any more.
+GAVE_UP = "tritonmargin/gave_up/"
+
+
+def gave_up(group: dist.ProcessGroup, where: str, lost: RuntimeError) -> RuntimeError:
+    """The error of a rank whose exchange with the others failed; they hear of it with their own, if they call later."""
+    own, members = dist.get_rank(), dist.get_process_group_ranks(group)
+    heard = asked(f"{GAVE_UP}{own}")
+    with contextlib.suppress(RuntimeError):  # whoever kept the store is gone
+        for rank in members:
+            if rank != own:
+                dist.distributed_c10d._get_default_store().set(f"{GAVE_UP}{rank}", f"rank {own} gave up in {where}. ")
+    return RuntimeError(
+        f"tritonmargin: rank {own} waited for other ranks in {where}, in vain: {lost}. {heard or ''}All ranks "
+        f"{members} must call a sharded head equally often, in evaluation too; a rank without samples passes none"
+    )
+
+
 class Lookout:
     """Whether another rank gave up on this one, because their heads are of different groups.
 

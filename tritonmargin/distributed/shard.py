@@ -15,7 +15,8 @@ all_reduce of padded, equal shapes, as NCCL asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,18 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
+from tritonmargin.checks import looks_at_values
+from tritonmargin.distributed.agreement import check_agreement, gave_up
+from tritonmargin.distributed.settings import Settings, fingerprint
+
 GRADIENT_FOR = ("ddp", "sum")
 
 # torch 2.13 has new names for them, and warns at the old ones.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+# How many heads were made for a group.
+heads_of: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 def shard_range(num_classes: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -56,6 +64,8 @@ class Shard:
         if self.rank < 0:
             raise ValueError("process_group: this rank is not part of it")
         self.num_classes = num_classes
+        self.number = 0  # which head of the group this is, in the order in which they were made
+        self.calls = 0  # of this head and its copies
         self.start, self.stop = shard_range(num_classes, self.rank, self.world_size)
         self.gradient_for = gradient_for
         self._meshes: dict[str, DeviceMesh] = {}
@@ -67,20 +77,50 @@ class Shard:
         """C, of which `weight` has this rank's rows."""
         return self.num_classes
 
-    # -- samples of all ranks ------------------------------------------------------------------------------------
+    def join(self) -> None:
+        """Called by all ranks when they have made a head alike: it gets its number in the group."""
+        self.number = heads_of[self.group] = heads_of.get(self.group, 0) + 1
 
-    def batch(self, x: Tensor, outside: Tensor | None, **alike: bool) -> Batch:
-        """How many samples each rank has. Waits for the device: sizes of tensors follow from it.
-
-        x: what will be gathered. outside: whether some label is no class, if nobody has looked yet. alike: what all
-        ranks must have alike, or their collectives would not match.
+    def run(self, collective: Callable[..., Any], *tensors: Any, call: int = 0) -> None:
+        """A collective of the group; call: the call of the head whose backward it is, 0: it is of the latest forward.
 
         Raises:
-            RuntimeError: on every rank, when they differ, or one of them had an error or a label that is no class.
+            RuntimeError: another rank did not take part. It names the head, its call and the rank that waited.
         """
+        try:
+            collective(*tensors, group=self.group)
+        except RuntimeError as lost:
+            part = f"the backward of call {call}" if call else f"call {self.calls}"
+            where = f"{part} of head {self.number} of this process group ({self.num_classes} classes)"
+            raise gave_up(self.group, where, lost) from lost
+
+    # -- samples of all ranks ------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # a compiler would make a new graph for every call, and for every number of a margin
+    def batch(self, x: Tensor, outside: Tensor | None, settings: Settings, **alike: bool) -> Batch:
+        """How many samples each rank has. Waits for the device: sizes of tensors follow from it.
+
+        x: what will be gathered. outside: whether some label is no class, if nobody has looked yet. settings: what
+        decides about the loss. alike: what all ranks must have alike, or their collectives would not match.
+
+        Raises:
+            RuntimeError: on every rank, when they call different heads, or ask for different things, or one of them
+                had an error or a label that is no class.
+            ValueError: on every rank, when settings differ.
+        """
+        self.calls += 1
         alike = {"float64 numbers": x.dtype == torch.float64, "gradients": torch.is_grad_enabled(), **alike}
-        everyone = self.exchange(len(x), x.requires_grad, outside=outside, settings=alike.values(), device=x.device)
-        for rank, (count, _, wrong, *settings) in enumerate(everyone):
+        named = settings.named(look=looks_at_values(x.device))
+        row = [len(x), x.requires_grad, False, self.number, fingerprint(named), *alike.values()]
+        everyone = self.exchange(row, x.device, outside)
+        self.check_alike(everyone, list(alike))
+        if any(other[4] != row[4] for other in everyone):
+            check_agreement(self.group, named)
+        return Batch(self, [count for count, *_ in everyone], any(needed for _, needed, *_ in everyone), self.calls)
+
+    def check_alike(self, everyone: list[list[int]], alike: list[str]) -> None:
+        """RuntimeError unless all ranks want the same of the same head; everyone: what they exchanged."""
+        for rank, (count, _, wrong, *_) in enumerate(everyone):
             if count < 0:
                 raise RuntimeError(
                     f"tritonmargin: rank {rank} of the process group had an error before the loss, see there"
@@ -90,42 +130,43 @@ class Shard:
                     f"tritonmargin: rank {rank} of the process group has a target that is none of the "
                     f"{self.num_classes} classes"
                 )
-            for name, value, first in zip(alike, settings, everyone[0][3:], strict=True):
+        for rank, (_, _, _, number, _, *settings) in enumerate(everyone):
+            if number != everyone[0][3]:
+                raise RuntimeError(
+                    f"tritonmargin: rank {rank} of the process group calls head {number} of those made for it, rank 0 "
+                    f"head {everyone[0][3]}: all ranks must call their heads in the same order"
+                )
+            for name, value, first in zip(alike, settings, everyone[0][5:], strict=True):
                 if value != first:
                     ranks = (
                         f"rank {rank} {'does' if value else 'does not'} and rank 0 {'does' if first else 'does not'}"
                     )
                     raise RuntimeError(f"tritonmargin: all ranks must ask for {name} or none: {ranks}")
-        return Batch(self, [count for count, *_ in everyone], any(needed for _, needed, *_ in everyone))
 
+    @torch.compiler.disable
     def announce_error(self, weight: Tensor, alike: int) -> None:
         """Instead of `batch` with `alike` settings: the other ranks raise rather than wait for this one.
 
         weight: on the device that the group exchanges on; the error may be that another tensor is not.
         """
-        self.exchange(-1, False, settings=[False] * (2 + alike), device=weight.device)
+        self.calls += 1
+        self.exchange([-1, False, False, self.number, 0] + [False] * (2 + alike), weight.device)
 
     def agree(self, error: Exception | None, device: torch.device) -> None:
         """Raise on every rank if one of them has an error."""
-        failed = [bool(other) for other, _ in self.exchange(error is not None, device=device)]
+        failed = [bool(other) for (other,) in self.exchange([error is not None], device)]
         if error is not None:
             raise error
         if any(failed):
             raise RuntimeError(f"tritonmargin: rank {failed.index(True)} of the process group had an error, see there")
 
-    def exchange(
-        self,
-        count: int,
-        *needed: bool,
-        outside: Tensor | None = None,
-        settings: Iterable[bool] = (),
-        device: torch.device,
-    ) -> list[list[int]]:
-        own = torch.tensor([count, *needed, False, *settings], dtype=torch.int64, device=device)
+    def exchange(self, row: list[int], device: torch.device, outside: Tensor | None = None) -> list[list[int]]:
+        """The rows of all ranks; outside: the third number, where it is known on the device alone."""
+        own = torch.tensor(row, dtype=torch.int64, device=device)
         if outside is not None:
-            own[1 + len(needed)] = outside  # on the device: the exchange waits for it anyway
+            own[2] = outside  # on the device: the exchange waits for it anyway
         out = own.new_empty(self.world_size * len(own))
-        all_gather(out, own, group=self.group)
+        self.run(all_gather, out, own)
         rows: list[list[int]] = out.view(self.world_size, -1).tolist()
         return rows
 
@@ -137,12 +178,12 @@ class Shard:
 
     def all_sum(self, numbers: Tensor) -> Tensor:
         """The sum over ranks; its gradient is replicated."""
-        (found,) = AllSums.apply(self.group, numbers)
+        (found,) = AllSums.apply(self, numbers)
         return found
 
     def all_sums(self, *numbers: Tensor | None) -> Any:
         """`all_sum` of several tensors [N] in one exchange; None stays None."""
-        sums = iter(AllSums.apply(self.group, *(each for each in numbers if each is not None)))
+        sums = iter(AllSums.apply(self, *(each for each in numbers if each is not None)))
         return tuple(None if each is None else next(sums) for each in numbers)
 
     def somewhere(self, flag: Tensor) -> Tensor:
@@ -152,14 +193,18 @@ class Shard:
     def all_max(self, numbers: Tensor) -> Tensor:
         """The largest over ranks, without a gradient."""
         numbers = numbers.detach().clone()
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        self.run(dist.all_reduce, numbers, dist.ReduceOp.MAX)
         return numbers
 
     def all_min(self, numbers: Tensor) -> Tensor:
         """The smallest over ranks, without a gradient."""
         numbers = numbers.detach().clone()
-        dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
+        self.run(dist.all_reduce, numbers, dist.ReduceOp.MIN)
         return numbers
+
+    def shared(self, number: Tensor) -> Tensor:
+        """A number that all ranks have alike and each uses for its own classes: its gradient is the sum over ranks."""
+        return SharedNumber.apply(number, self)
 
     def logsumexp(self, rest: Tensor) -> Tensor:
         """log of the sum of exp(rest) over ranks."""
@@ -203,6 +248,7 @@ class Batch:
     shard: Shard
     counts: list[int]
     needs_gradient: bool = False  # whether some rank's rows do: then all ranks take part in it
+    call: int = 0  # of the head, for who waits in its backward
 
     @property
     def own(self) -> slice:
@@ -228,27 +274,27 @@ class Batch:
         """This rank's numbers of replicated ones; the gradients of all ranks together are the replicated gradient."""
         return KeepOwn.apply(numbers, self)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor, call: int = 0) -> Tensor:
         """[own count, ...] -> [all, ...], without a gradient. Shorter batches are padded on the way."""
-        group, longest = self.shard.group, max(self.counts)
+        longest = max(self.counts)
         padded = own.new_zeros(longest, *own.shape[1:])
         padded[: len(own)] = own
         out = own.new_empty(self.shard.world_size * longest, *own.shape[1:])
-        all_gather(out, padded, group=group)
+        self.shard.run(all_gather, out, padded, call=call)
         if len(set(self.counts)) == 1:
             return out
         return torch.cat([part[:count] for part, count in zip(out.split(longest), self.counts, strict=True)])
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """[all, ...] -> this rank's rows of the sum over ranks."""
-        group, longest = self.shard.group, max(self.counts)
+        longest = max(self.counts)
         if len(set(self.counts)) > 1:
             padded = rows.new_zeros(self.shard.world_size, longest, *rows.shape[1:])
             for part, own in zip(padded, rows.split(self.counts), strict=True):
                 part[: len(own)] = own
             rows = padded.flatten(0, 1)
         out = rows.new_empty(longest, *rows.shape[1:])
-        reduce_scatter(out, rows.contiguous(), group=group)
+        self.shard.run(reduce_scatter, out, rows.contiguous(), call=self.call)
         return out[: self.counts[self.shard.rank]]
 
 
@@ -285,7 +331,20 @@ class KeepOwn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.batch.gather(grad), None
+        return ctx.batch.gather(grad, ctx.batch.call), None
+
+
+class SharedNumber(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, number: Tensor, shard: Shard) -> Tensor:
+        ctx.shard, ctx.call = shard, shard.calls
+        return number.view_as(number)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        ctx.shard.run(dist.all_reduce, total, call=ctx.call)
+        return total, None
 
 
 class AllLogSumExp(torch.autograd.Function):
@@ -294,7 +353,7 @@ class AllLogSumExp(torch.autograd.Function):
         highest = shard.all_max(rest)
         shift = torch.where(highest == -torch.inf, 0.0, highest)  # no class anywhere
         total = torch.exp(rest - shift)
-        dist.all_reduce(total, group=shard.group)
+        shard.run(dist.all_reduce, total)
         everywhere = shift + total.log()
         ctx.save_for_backward(rest, everywhere)
         return everywhere
@@ -308,10 +367,10 @@ class AllLogSumExp(torch.autograd.Function):
 
 class AllSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *numbers: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shard: Shard, *numbers: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a sum that nobody differentiates has no gradient, rather than zeros
         sums = torch.stack(numbers)
-        dist.all_reduce(sums, group=group)
+        shard.run(dist.all_reduce, sums)
         return tuple(each.clone() for each in sums)
 
     @staticmethod

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tritonmargin.distributed.settings import Settings
 
 
 class Single:
@@ -17,7 +20,7 @@ class Single:
     def classes(self, weight: Tensor) -> int:
         return weight.shape[0]
 
-    def batch(self, x: Tensor, outside: Tensor | None, **alike: bool) -> SingleBatch:
+    def batch(self, x: Tensor, outside: Tensor | None, settings: Settings, **alike: bool) -> SingleBatch:
         return BATCH
 
     def announce_error(self, weight: Tensor, alike: int) -> None:
@@ -41,6 +44,9 @@ class Single:
 
     def somewhere(self, flag: Tensor) -> Tensor:
         return flag
+
+    def shared(self, number: Tensor) -> Tensor:
+        return number
 
     def logsumexp(self, rest: Tensor) -> Tensor:
         return rest

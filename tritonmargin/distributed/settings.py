@@ -1,0 +1,69 @@
+"""What decides about a loss and has to be alike on all ranks, as one number that travels with the batch sizes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tritonmargin.margins import Margin
+from tritonmargin.spec import LossOptions
+
+
+class Settings(NamedTuple):
+    """What decides about one loss."""
+
+    margin: Margin
+    options: LossOptions
+    sample_rate: float
+    also: Mapping[str, object]  # what else the head was told
+
+    def named(self, look: bool) -> dict[str, object]:
+        """By name.
+
+        look: whether values of tensors count, which waits for their device. Otherwise a margin's numbers are what was
+        set on this rank, and numbers that are learned are left out.
+        """
+        options = self.options
+        return {
+            "reduction": options.reduction,
+            "objective": options.objective,
+            "label_smoothing": options.label_smoothing,
+            "ignore_index": options.ignore_index,
+            "logq_correction": options.logq_correction,
+            "sample_rate": self.sample_rate,
+            **margin_settings("margin", self.margin, look),
+            **self.also,
+        }
+
+
+def margin_settings(prefix: str, margin: Margin, look: bool) -> dict[str, object]:
+    """A margin's kind, its plain attributes, its numbers, and those of margins inside of it."""
+    own = margin.__dict__
+    found: dict[str, object] = {prefix: type(margin).__qualname__}
+    for name, value in own.items():
+        if isinstance(value, int | float | str) and not name.startswith("_") and name != "training":
+            found[f"{prefix}.{name}"] = value
+    tensors: dict[str, Any] = {**own["_buffers"], **own["_parameters"]}
+    numbers: dict[str, object] = own.get("_values", {})
+    if look:
+        numbers = {name: number(each) for name, each in tensors.items() if each is not None and each.ndim == 0}
+    for name, value in numbers.items():
+        found[f"{prefix}.{name}"] = value
+    for name, inner in own["_modules"].items():
+        if isinstance(inner, Margin):
+            found |= margin_settings(f"{prefix}.{name}", inner, look)
+    return found
+
+
+def number(tensor: Tensor) -> object:
+    """Its value; what is on no device has none."""
+    return None if tensor.is_meta else tensor.detach().item()
+
+
+def fingerprint(settings: Mapping[str, object]) -> int:
+    """A number below 2^56 of the settings, the same in every process that has the same."""
+    words = [(name, float(value) if isinstance(value, int | float) else value) for name, value in settings.items()]
+    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=7).digest(), "big")
