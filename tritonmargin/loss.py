@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,7 +60,7 @@ def compute_loss(
         raise
     if backend == "reference":
         return by_reference(inputs, margin, options, labels, sampler)
-    with torch.autocast(inputs.embeddings.device.type, enabled=False):
+    with without_autocast(inputs.embeddings.device.type):
         samples = gathered(inputs, labels, margin, options, ranks, sampler, compute, also or {})
         drawn = sampler is not None
         if sampler is not None:
@@ -144,6 +145,11 @@ def validated(
     if backend == "reference" and not (ranks.is_single and updater is None):
         raise ValueError("the reference backend has neither process groups nor update_in_backward")
     return labels, compute, backend
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Nothing at all where there is none: to enter a context takes longer than to launch a kernel."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def by_reference(

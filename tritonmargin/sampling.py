@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonmargin.backends.registry import current_backend, falling_back, why_not_triton
 from tritonmargin.checks import check_integers
+from tritonmargin.class_pass.op import seen_as_ops
 from tritonmargin.permutation import Permutation
 
 
@@ -79,7 +80,8 @@ def draw(target: Tensor, state: Tensor, first_class: int, num_classes: int, num_
         target = target[(target >= 0) & (target < num_classes)].unique()  # its size is data
         if len(target) >= num_samples:
             return target
-    return draw_op(target, state, first_class, num_classes, num_samples, backend_of(target.device))
+    run = draw_op if seen_as_ops((target, state)) else drawn
+    return run(target, state, first_class, num_classes, num_samples, backend_of(target.device))
 
 
 def backend_of(device: torch.device) -> str:
@@ -88,10 +90,8 @@ def backend_of(device: torch.device) -> str:
     return chosen if chosen in ("auto", "triton") else "torch"
 
 
-# An op for compilers: to Inductor a product of an arange is an index, and those may have 32 bits.
-@torch.library.custom_op("tritonmargin::draw", mutates_args=())
 @falling_back
-def draw_op(
+def drawn(
     target: Tensor,  # [N] int64, N <= num_samples
     state: Tensor,
     first_class: int,
@@ -104,6 +104,10 @@ def draw_op(
     from tritonmargin.backends.triton.draw_kernels import draw_by_triton  # Triton is imported when it is first used
 
     return draw_by_triton(target, state, first_class, num_classes, num_samples)
+
+
+# An op for compilers: to Inductor a product of an arange is an index, and those may have 32 bits.
+draw_op = torch.library.custom_op("tritonmargin::draw", drawn, mutates_args=())
 
 
 @draw_op.register_fake

@@ -23,7 +23,7 @@ import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
 from tritonmargin.backends import precision, tiles
-from tritonmargin.backends.triton import BACKEND, class_pass, draw_kernels, numbers, plan
+from tritonmargin.backends.triton import BACKEND, draw_kernels, numbers, plan, products
 from tritonmargin.optim import update_rules
 from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
@@ -101,9 +101,14 @@ def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = Fal
 @contextlib.contextmanager
 def on(gpu: Gpu) -> Iterator[None]:
     """Losses are planned as on this GPU."""
+    device = device_of(gpu)
+
+    def there(tensor: Tensor) -> tiles.Device:  # not a Mock that returns it: those take the CPU microseconds
+        return device
+
     with contextlib.ExitStack() as patches:
         for module in (plan, precision):
-            patches.enter_context(mock.patch.object(module, "device_of", return_value=device_of(gpu)))
+            patches.enter_context(mock.patch.object(module, "device_of", there))
         yield
 
 
@@ -124,8 +129,8 @@ def launching(launch: Callable[..., object], add_product: Callable[..., object] 
     """Inside, launches are told to `launch` as (kernel, *args, **options), and products of torch are not made."""
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", launch))
-        patches.enter_context(mock.patch.object(class_pass, "multiply", nothing))
-        patches.enter_context(mock.patch.object(class_pass, "add_product", add_product))
+        patches.enter_context(mock.patch.object(products, "multiply", nothing))
+        patches.enter_context(mock.patch.object(products, "add_product", add_product))
         yield
 
 

@@ -114,6 +114,7 @@ def test_few_launches() -> None:
     x, w = (random(size, 32, seed=size, dtype=torch.bfloat16).requires_grad_() for size in (17, 129))
     with (
         mock.patch("tritonmargin.backends.triton.class_pass.call", counted),
+        mock.patch("tritonmargin.backends.triton.backward.call", counted),
         mock.patch("tritonmargin.backends.triton.fused.call", counted),
     ):
         loss = BACKEND.fused(

@@ -71,6 +71,7 @@ def by_library(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
+@functools.cache
 def row_block(d: int) -> tuple[int, int, int]:
     """Rows, columns and warps of the row-wise kernels: whole rows, about 2048 numbers at a time.
 

@@ -17,18 +17,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonmargin.backends.precision import multiplying
 from tritonmargin.backends.tiles import row_block
+from tritonmargin.backends.triton import products
 from tritonmargin.backends.triton import row_kernels as rows_of
-from tritonmargin.backends.triton.finish_kernel import finish_kernel
 from tritonmargin.backends.triton.launch import blocks, call
-from tritonmargin.backends.triton.logits_kernels import reduce_kernel, weigh_kernel
+from tritonmargin.backends.triton.logits_kernels import reduce_kernel
 from tritonmargin.backends.triton.plan import Plan
-from tritonmargin.backends.triton.update_rules import TRITON_RULES
-from tritonmargin.optim.update_rules import RowUpdate, corrections, mixed
-from tritonmargin.spec import InputGrads, PassInputs, PassSpec
+from tritonmargin.backends.triton.products import described
+from tritonmargin.spec import PassInputs, PassSpec
 
 
 class Saved(NamedTuple):
@@ -53,10 +50,6 @@ class Slots(NamedTuple):
     hinge: Tensor | None
     violations: Tensor | None
     mean: Tensor | None
-
-
-def described(matrix: Tensor, block: tuple[int, int], use: bool) -> Any:
-    return TensorDescriptor(matrix, matrix.shape, matrix.stride(), list(block)) if use else matrix
 
 
 def forward_pass(
@@ -92,7 +85,7 @@ def forward_pass(
         buffer = make((plan.forward_chunk, plan.line_n), dtype=torch.float32)
     tile = plan.reduce
     use = tile.descriptors and n > 0  # nothing can be described to the memory accelerator that has no line
-    a = described(xs, (tile.shape[0], tile.shape[2]), use)
+    a = described(xs, tile.shape[0], tile.shape[2]) if use else xs
     run = tuple(slots)
     asked = any(each is not None for each in run)
     for start in range(0, plan.active, plan.forward_chunk):
@@ -103,10 +96,10 @@ def forward_pass(
         b, made, stride_z = rows, a, 0
         if plan.library:
             z = retained[start:stop] if retained is not None and stop <= plan.retained else buffer[: stop - start]  # type: ignore[index]
-            multiply(rows, xs.t(), z, plan.precision)
+            products.multiply(rows, xs.t(), z, plan.precision)
             made, b, stride_z = z, cast(Any, None), plan.line_n
         elif use:
-            b = described(rows, (tile.shape[1], tile.shape[2]), use)
+            b = described(rows, tile.shape[1], tile.shape[2])
         call(
             reduce_kernel, tile.programs_for(n, stop - start), made, b, label, class_numbers, threshold, run, n,
             stop - start, plan.line_d, start, plan.active, plan.line_d, rows.stride(0), stride_z,
@@ -164,253 +157,3 @@ def prepare(
         UNIT=spec.unit_weight, ROUND=plan.precision == "tf32", D=plan.d, BLOCK_K=block_k, BLOCK_D=block_d,
         num_warps=warps,
     )  # fmt: skip
-
-
-class Exact(NamedTuple):
-    """A class row per sample that a gradient goes to outside of the products: the hardest other class's."""
-
-    position: Tensor  # [line] int32
-    rows: Tensor  # [N, D] w'_h, float32
-    product: Tensor  # [line]
-    gradient: Tensor  # [line]
-
-
-class Needs(NamedTuple):
-    x: bool
-    weight: bool
-    bias: bool
-
-
-def backward_pass(
-    inputs: PassInputs,
-    saved: Saved,
-    grads: Tensor,
-    upstream: tuple[Tensor, ...],
-    needs: Needs,
-    spec: PassSpec,
-    plan: Plan,
-    *,
-    update: RowUpdate | None = None,
-    through: bool = True,
-    norms: tuple[bool, bool] = (False, False),
-    own_bias: bool = False,
-    hardest: Exact | None = None,
-) -> InputGrads:
-    """Gradients from `grads` [GRADS, line] times the numbers `upstream`.
-
-    through: whether anything comes through the logits, else through the exact rows alone. norms: whether |x| and
-    whether |w_y| have gradients. own_bias: whether b_y's part of t is in grads, for nobody else will add it.
-    """
-    x, weight = inputs.x, inputs.weight
-    make = functools.partial(torch.empty, device=x.device)
-    active, through = plan.active, through and plan.n > 0 and plan.active > 0
-    half = half_numbers(saved, grads, spec, plan, inputs.mean_weight is not None) if through else None
-    grad_x = make((plan.line_n, plan.line_d), dtype=torch.float32) if needs.x and through else None
-    grad_weight, grad_bias = None, None
-    if needs.weight and update is None:
-        by_ids = inputs.class_ids is not None and not spec.sparse
-        shape = (active if spec.sparse else weight.shape[0], plan.d)
-        grad_weight = (torch.zeros if by_ids else torch.empty)(shape, dtype=weight.dtype, device=x.device)
-    if needs.bias and inputs.bias is not None:
-        # A bias may be frozen or trained alone: its rows are finished with those of W.
-        grad_bias = (torch.zeros if inputs.class_ids is not None else torch.empty)(
-            weight.shape[0], dtype=inputs.bias.dtype, device=x.device
-        )
-    finishes = needs.weight or grad_bias is not None
-    chunk = plan.backward_chunk
-    copies = saved.rows
-    if plan.copied and copies is None:
-        copies = make((chunk, plan.line_d), dtype=spec.dtype)
-    dlogits = make((chunk, plan.line_n), dtype=spec.dtype) if through else None
-    count = blocks(plan.n, plan.weigh.shape[1])
-    along = make(count * chunk, dtype=torch.float32) if through and needs.weight and spec.unit_weight else None
-    by_class = make(count * chunk, dtype=torch.float32) if through and grad_bias is not None else None
-    product = None
-    if through and needs.weight and not plan.finish_inside:
-        product = make((chunk, plan.line_d), dtype=torch.float32)
-    kind = Finishing(
-        grads, upstream, half, along, by_class, grad_bias, product, count, norms, own_bias, hardest, update
-    )
-    for start in range(0, active, chunk):
-        stop = min(start + chunk, active)
-        p = None
-        if through and dlogits is not None:
-            rows = chunk_rows(inputs, spec, plan, copies, saved.class_numbers, start, stop)
-            p = dlogits if stop - start == chunk else dlogits[: stop - start]
-            weigh(inputs, saved, spec, plan, rows, grads if half is None else half.grads, half, p, (along, by_class),
-                  start, stop)  # fmt: skip
-            if grad_x is not None:
-                add_product(grad_x, p, rows, start == 0, plan.precision)
-        if finishes:
-            finish(inputs, saved, spec, plan, kind, p, grad_weight, start, stop)
-    found_x = None
-    if needs.x:
-        found_x = make((plan.n, plan.d), dtype=x.dtype)
-        if plan.n:
-            exact = None if hardest is None else (hardest.rows, hardest.gradient, 1)
-            call(
-                rows_of.back_kernel, plan.n, grad_x, x, saved.numbers, grads, upstream,
-                None if half is None else half.power, None if half is None else half.extremes, saved.target_rows,
-                exact, found_x, plan.line, spec.scale, x.stride(), plan.line_d,
-                UNIT=(spec.unit_embeddings, spec.unit_weight), NORM=norms[0], D=plan.d,
-                BLOCK_D=row_block(plan.d)[1], num_warps=4,
-            )  # fmt: skip
-    return InputGrads(found_x, grad_weight, grad_bias)
-
-
-class Half(NamedTuple):
-    """float16's gradients with their powers of two aside, see `half_kernel`."""
-
-    grads: Tensor
-    extremes: Tensor
-    power: Tensor
-    ys: Tensor
-
-
-def half_numbers(saved: Saved, grads: Tensor, spec: PassSpec, plan: Plan, mean: bool) -> Half | None:
-    if spec.dtype != torch.float16:
-        return None
-    half = Half(torch.empty_like(grads), grads.new_empty(2), grads.new_empty(plan.line), torch.empty_like(saved.xs))
-    call(
-        rows_of.extremes_kernel, 1, grads, saved.numbers, half.extremes, plan.n, plan.line, spec.scale,
-        UNIT_X=spec.unit_embeddings, MEAN=mean, BLOCK=1024,
-    )  # fmt: skip
-    call(
-        rows_of.half_kernel, plan.line, grads, half.extremes, saved.xs, half.grads, half.ys, half.power, plan.n,
-        plan.line, plan.line_d, MEAN=mean, BLOCK_D=row_block(plan.line_d)[1],
-    )  # fmt: skip
-    return half
-
-
-def weigh(
-    inputs: PassInputs, saved: Saved, spec: PassSpec, plan: Plan, rows: Tensor, grads: Tensor, half: Half | None,
-    p: Tensor, sums: tuple[Tensor | None, Tensor | None], start: int, stop: int,
-) -> None:  # fmt: skip
-    tile, use = plan.weigh, plan.weigh.descriptors
-    a: Any = rows
-    b: Any = saved.xs
-    stride_z = 0
-    if plan.library:
-        if saved.logits is not None and stop <= plan.retained:
-            a = saved.logits[start:stop]
-        else:
-            multiply(rows, saved.xs.t(), p, plan.precision)
-            a = p
-        b, stride_z = None, plan.line_n
-    elif use:
-        a = described(rows, (tile.shape[0], tile.shape[2]), use)
-        b = described(saved.xs, (tile.shape[1], tile.shape[2]), use)
-    more = (
-        inputs.bias is not None or inputs.offset is not None,
-        inputs.threshold is not None,
-        inputs.mean_weight is not None,
-    )
-    call(
-        weigh_kernel, tile.programs_for(stop - start, plan.n), a, b, saved.label, saved.numbers, grads,
-        None if half is None else half.power, saved.class_numbers, p, sums, plan.n, stop - start, plan.line_d, start,
-        plan.line, plan.active, rows.stride(0), plan.line_d, stride_z, plan.line_n,
-        KIND=(spec.unit_weight and not plan.copied, *more, plan.library), HOW=(use, plan.precision), TILE=tile.shape,
-        SPLIT=tile.finer(any(more)), **tile.options(),
-    )  # fmt: skip
-
-
-class Finishing(NamedTuple):
-    """What all calls of `finish` in one backward share."""
-
-    grads: Tensor
-    upstream: tuple[Tensor, ...]
-    half: Half | None
-    along: Tensor | None
-    by_class: Tensor | None
-    grad_bias: Tensor | None
-    product: Tensor | None
-    sample_blocks: int
-    norms: tuple[bool, bool]
-    own_bias: bool
-    hardest: Exact | None
-    update: RowUpdate | None
-
-
-def finish(
-    inputs: PassInputs, saved: Saved, spec: PassSpec, plan: Plan, kind: Finishing, p: Tensor | None,
-    grad_weight: Tensor | None, start: int, stop: int,
-) -> None:  # fmt: skip
-    x, weight, half, update = inputs.x, inputs.weight, kind.half, kind.update
-    tile, k, made = plan.finish, stop - start, 0
-    a: Any = p
-    b: Any = saved.xs if half is None else half.ys
-    if p is None or (kind.along is None and grad_weight is None and update is None):
-        a, b, made = None, None, 2
-    elif not plan.finish_inside:
-        assert kind.product is not None
-        a = kind.product[:k]
-        multiply(p, b, a, plan.precision)
-        b, made = None, 1
-    use = made == 0 and tile.descriptors
-    stride_p = 0 if a is None else a.stride(0)
-    if use:
-        a = described(a, (tile.shape[0], tile.shape[2]), use)
-        b = described(b, (tile.shape[2], tile.shape[1]), use)
-    out, by_ids = grad_weight, inputs.class_ids is not None and not spec.sparse
-    changes, rule, seed, counted = None, None, 0, None
-    if update is not None:
-        out, rule, by_ids = weight, TRITON_RULES[update.rule], inputs.class_ids is not None
-        where = slice(start, stop) if inputs.class_ids is None else inputs.class_ids[start:stop]
-        steps = None
-        if update.steps is not None:
-            counted = update.steps[where] + 1
-            steps = tuple(each.float() for each in corrections(counted, *update.numbers[:3]))
-        changes = (update.numbers, update.state, steps)
-        seed = 0 if update.seed is None else mixed(update.seed, start) % (1 << 30)
-    hardest = None
-    if kind.hardest is not None:
-        hardest = (kind.hardest.position, kind.hardest.product, kind.hardest.gradient, (1, 1))
-    grad_bias = None if kind.grad_bias is None else (kind.grad_bias, True if kind.own_bias else None)
-    # Each of these would spill beside as much of the tile as plain gradients leave in the registers.
-    more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias))
-    call(
-        finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, kind.grads, saved.class_numbers,
-        (kind.along, kind.by_class, grad_bias, kind.sample_blocks), (x, hardest),
-        (kind.upstream, None if half is None else half.extremes), weight, inputs.class_ids, out, changes, k,
-        plan.line_n, start, (plan.line, plan.active),
-        (stride_p, plan.line_d, weight.stride(), 0 if out is None else out.stride(0), x.stride()), spec.scale, seed,
-        KIND=(plan.d, spec.unit_weight, spec.unit_embeddings, made, spec.unit_weight and plan.copied, by_ids,
-              kind.norms[1], update is not None and update.seed is not None, (use, plan.precision)),
-        RULE=rule, TILE=tile.shape, SPLIT=tile.finer(more), **tile.options(),
-    )  # fmt: skip
-    if update is not None:
-        update.touched = True
-        if counted is not None and update.steps is not None:
-            update.steps[where] = counted  # not before the launch: a kernel that fails leaves them as they are
-
-
-# -- products that torch makes ---------------------------------------------------------------------------------------
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, precision: str) -> None:
-    """out = a b for float32, as TF32 or as it is."""
-    with multiplying(precision):
-        torch.mm(a, b, out=out)
-
-
-def add_product(out: Tensor, p: Tensor, rows: Tensor, first: bool, precision: str) -> None:
-    """out (+)= p^T rows, summed in float32."""
-    a = p.t()
-    if p.dtype == torch.float32:
-        with multiplying(precision):
-            torch.addmm(out, a, rows, beta=0 if first else 1, out=out)
-    elif wide_products(p.device):
-        torch.addmm(out, a, rows, beta=0 if first else 1, out_dtype=torch.float32, out=out)
-    else:
-        torch.addmm(out, a.float(), rows.float(), beta=0 if first else 1, out=out)
-
-
-@functools.cache
-def wide_products(device: torch.device) -> bool:
-    """Whether torch multiplies 16 bits into float32 there without copies of the operands."""
-    try:
-        a, out = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.empty(16, 16, device=device)
-        torch.addmm(out, a, a, beta=0, out_dtype=torch.float32, out=out)
-        return True
-    except (RuntimeError, TypeError):
-        return False

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tritonmargin.backends.registry import KernelError, backend_after, on_device
 from tritonmargin.backends.triton import row_kernels as rows_of
-from tritonmargin.backends.triton.class_pass import Needs, Saved, backward_pass, forward_pass
+from tritonmargin.backends.triton.backward import Backward, Wanted
+from tritonmargin.backends.triton.class_pass import Saved, forward_pass
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.plan import plan_for
 from tritonmargin.class_pass.op import INPUTS, as_sparse, begin_update, once
@@ -77,10 +78,13 @@ class FusedLoss(torch.autograd.Function):
         if ctx.updater is not None:
             update = begin_update(ctx, need_weight)
             need_weight = update is not None
-        needs = Needs(need_x, need_weight, need_bias)
+        wanted = Wanted(
+            need_x, need_weight, need_bias,
+            norm=ctx.scaled, weight_norm=ctx.scaled and not spec.unit_weight, own_bias=True,
+        )  # fmt: skip
         with on_device(inputs.x):
             found = once(
-                partial(gradients, ctx, upstream, needs, update), inputs.x, inputs.weight, inputs.bias, upstream
+                partial(gradients, ctx, upstream, wanted, update), inputs.x, inputs.weight, inputs.bias, upstream
             )
         grad_weight = found.weight
         if update is not None:
@@ -90,7 +94,7 @@ class FusedLoss(torch.autograd.Function):
         return found.x, grad_weight, found.bias, None
 
 
-def gradients(ctx: Any, upstream: Tensor, needs: Needs, update: RowUpdate | None) -> InputGrads:
+def gradients(ctx: Any, upstream: Tensor, wanted: Wanted, update: RowUpdate | None) -> InputGrads:
     plan, spec, tensors = ctx.plan, ctx.spec, ctx.saved_tensors
     inputs, (grads, factor) = PassInputs(*tensors[:INPUTS]), tensors[INPUTS : INPUTS + 2]
     try:
@@ -100,10 +104,8 @@ def gradients(ctx: Any, upstream: Tensor, needs: Needs, update: RowUpdate | None
             call(rows_of.upstream_kernel, blocks(plan.line, 128), grads, upstream, each, plan.n, plan.line,
                  upstream.stride(0), LINES=rows_of.GRADS, BLOCK=128)  # fmt: skip
             grads, factors = each, ()
-        return backward_pass(
-            inputs, Saved(*tensors[INPUTS + 2 :]), grads, factors, needs, spec, plan, update=update,
-            norms=(ctx.scaled, ctx.scaled and not spec.unit_weight), own_bias=True,
-        )  # fmt: skip
+        saved = Saved(*tensors[INPUTS + 2 :])
+        return Backward(inputs, saved, spec, plan, grads, factors, wanted, update).run()
     except KernelError as error:
         backend_after(error, spec.backend, update)
         raise KernelError(

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.triton import row_kernels as rows_of
-from tritonmargin.backends.triton.class_pass import (
-    Exact,
-    Needs,
-    Saved,
-    Slots,
-    backward_pass,
-    forward_pass,
-)
+from tritonmargin.backends.triton.backward import Backward, Exact, Wanted
+from tritonmargin.backends.triton.class_pass import Saved, Slots, forward_pass
 from tritonmargin.backends.triton.launch import blocks, call
 from tritonmargin.backends.triton.plan import Plan, kept_copies, plan_for
 from tritonmargin.optim.update_rules import RowUpdate
@@ -131,13 +125,13 @@ def backward(
         gradient[: plan.n] = grads.hardest_product
         position, rows, product = saved[COUNT : COUNT + 3]
         hardest = Exact(position, rows, product, gradient)
-    return backward_pass(
-        inputs, kept, made, (), Needs(*needs), spec, plan,
-        update=update,
+    wanted = Wanted(
+        *needs,
         through=pass_grad is not None or grads.mean_logit is not None,
-        norms=(grads.embedding_norm is not None, grads.target_norm is not None),
-        hardest=hardest,
-    )  # fmt: skip
+        norm=grads.embedding_norm is not None,
+        weight_norm=grads.target_norm is not None,
+    )
+    return Backward(inputs, kept, spec, plan, made, (), wanted, update, hardest).run()
 
 
 def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, ...]]:

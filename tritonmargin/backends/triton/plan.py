@@ -37,6 +37,7 @@ class Tile:
         return min(2 * self.split, self.shape[1] // 16) if needed and self.split > 1 else self.split
 
     def options(self) -> dict[str, int]:
+        """What Triton is told at a launch."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options | {"maxnreg": self.registers} if self.registers else options
 
