@@ -153,8 +153,8 @@ def finish(ops: Any, place: Place, d: int, ids: Tensor | None, made: int, update
     out = w if update else small(0, d)
     ops.launch.call(
         ops.finish_kernel.finish_kernel, 1, p, xs, label, numbers, grads, None,
-        (None, None, None, 0), (x, None), ((), one), w, ids, out, ((1.0, 1.0, 0.0, 0.0), (state,), None), N, N, 0,
-        (BLOCK, BLOCK), (p.stride(0), xs.stride(0), w.stride(), out.stride(0), x.stride()), 1.0, 0,
+        (None, None, None, 0), (x, None), ((), one), w, ids, out, ((1.0, 1.0, 0.0, 0.0), (state,), None), N, 0,
+        (N, BLOCK), BLOCK, (p.stride(0), xs.stride(0), w.stride(), out.stride(0), x.stride()), 1.0, 0,
         KIND=(d, False, False, made, False, ids is not None, False, False, DOT),
         RULE=TRITON_RULES["sgd"] if update else None, **TILE,
     )  # fmt: skip
@@ -176,8 +176,8 @@ def finish_sums(ops: Any, place: Place, d: int, bias: bool) -> None:
     given = (None, sums, (grad_bias, None), 3) if bias else (sums, None, None, 3)
     ops.launch.call(
         ops.finish_kernel.finish_kernel, 1, 0 * one, None, NOBODY, zeros(8, BLOCK), zeros(6, BLOCK),
-        zeros(3, BLOCK) + 1, given, (one, None), ((), None), one, None, None if bias else out, None, k, BLOCK, 0,
-        (BLOCK, BLOCK), (d, d, (d, 1), d, (d, 1)), 1.0, 0,
+        zeros(3, BLOCK) + 1, given, (one, None), ((), None), one, None, None if bias else out, None, k, 0,
+        (BLOCK, BLOCK), BLOCK, (d, d, (d, 1), d, (d, 1)), 1.0, 0,
         KIND=(d, not bias, False, 1, False, False, False, False, DOT), RULE=None, **TILE,
     )  # fmt: skip
     assert (grad_bias == 1).all() if bias else (out == -1).all()

@@ -239,8 +239,8 @@ class Backward:
         changes, seed, counted = self.changes(start, stop)
         call(
             finish_kernel, tile.programs_for(k, plan.d), a, b, saved.label, saved.numbers, self.grads,
-            saved.class_numbers, *beside, self.inputs.class_ids, out, changes, k, plan.line_n, start,
-            (plan.line, plan.active), (stride_p, plan.line_d, *sizes), self.spec.scale, seed,
+            saved.class_numbers, *beside, self.inputs.class_ids, out, changes, k, start,
+            (plan.line_n, plan.line), plan.active, (stride_p, plan.line_d, *sizes), self.spec.scale, seed,
             **constants,
         )  # fmt: skip
         if self.update is not None:

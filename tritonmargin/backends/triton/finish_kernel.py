@@ -20,10 +20,10 @@ from tritonmargin.backends.triton.row_kernels import (
 from tritonmargin.backends.triton.update_rules import store_rounded
 
 
-@triton.jit(do_not_specialize=["k", "start", "seed"])
+@triton.jit(do_not_specialize=["k", "start", "line_c", "seed"])
 def finish_kernel(
     dlogits, xs, label, numbers, grads, class_numbers, sums, exact, factors, weight, ids, out, update,
-    k, length, start, lines, strides, scale, seed, KIND: tl.constexpr, RULE: tl.constexpr, TILE: tl.constexpr,
+    k, start, lines, line_c, strides, scale, seed, KIND: tl.constexpr, RULE: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dL/dw_j = (P x')_j - w_j (sum_i P_ij z_ij)/|w_j|^2 + the exact part of the samples that point at the row.
@@ -31,7 +31,7 @@ def finish_kernel(
     sums: those of `weigh_kernel`, where gradients of a bias go, and how many blocks of samples there are. exact: x
     and, with a hardest class per sample, its positions, products and gradients. factors: those of the whole gradient,
     and the extremes of `half_kernel`. out: the gradient, or with a RULE the weight; None for a bias alone. lines: how
-    long those of numbers per sample and of numbers per class are.
+    long those of dL/dz and of numbers per sample are, multiples of 16; line_c: those of numbers per class.
     KIND: (D, rows are unit, embeddings are unit, P x' is: 0 made here, 1 given in dlogits, 2 nothing; P lacks 1/|w|;
     out's rows are class numbers; |w_y| has a gradient; stochastic rounding; tile_product's HOW).
     """
@@ -42,7 +42,7 @@ def finish_kernel(
     along, by_class, grad_bias, blocks = sums
     stride_p, stride_xs, strides_w, stride_out, strides_x = strides
     upstream, half = factors
-    line, line_c = lines
+    length, line = lines
     tiles_d = tl.cdiv(D, BLOCK_D)
     for index in tl.range(tl.program_id(0), tiles_d * tl.cdiv(k, BLOCK_C), tl.num_programs(0)):
         first_d, first_c = (index % tiles_d) * BLOCK_D, (index // tiles_d) * BLOCK_C
