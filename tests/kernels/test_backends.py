@@ -34,7 +34,8 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice made, no failure seen, no warning given."""
-    monkeypatch.setattr(registry, "_chosen", None)
+    monkeypatch.setattr(registry, "_default", None)
+    monkeypatch.setattr(registry, "_latest", None)
     monkeypatch.setattr(registry, "_failed", False)
     for cached in (registry.looked_for, registry.warn_once):
         cached.cache_clear()

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,28 +23,81 @@ MODULES = {"torch": "tritonmargin.backends.torch_backend", "triton": "tritonmarg
 BACKENDS = (*MODULES, "reference")
 LOADED: dict[str, Backend] = {}
 
-# A plain module variable: torch.compile guards on it, so a compiled step follows a later change.
-_chosen: str | None = os.environ.get("TRITONMARGIN_BACKEND")
 _failed = False  # a kernel did, in a call that left the choice to the library
+_default = os.environ.get("TRITONMARGIN_BACKEND")
+_stated: list[use_backend] = []  # choices for the process, the last one counts
+_entered: list[use_backend] = []  # blocks that are open, of all threads
+# What compiled code follows: a plain module variable, on which torch.compile guards. It knows no threads.
+_latest = _default
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Compute with backend `name` inside the block, in every thread; TRITONMARGIN_BACKEND does so for a process.
+class Blocks(threading.local):
+    """The blocks that are open in a thread."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_here = Blocks()
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Compute with backend `name`: from now on, in every thread; or in a with block, or a decorated function, alone.
+
+        tm.use_backend("torch")
+
+        with tm.use_backend("reference"):
+            loss = head(embeddings, target)
 
     "triton": the kernels, for CUDA and ROCm tensors. "torch": the class pass in plain PyTorch, any device. "reference":
-    full logits, to compare with. Without a choice the loss uses "triton" where it can and "torch" elsewhere.
+    full logits, to compare with. Without a choice the loss uses "triton" where it can and "torch" elsewhere. The
+    environment variable TRITONMARGIN_BACKEND chooses for a process. A block is about its own thread, and about a
+    backward that it starts; code compiled by torch.compile follows the block that was opened last in any thread.
 
     Raises:
         ValueError: an unknown name. A loss on tensors that the chosen backend does not work with raises too.
     """
-    global _chosen
-    check_name(name)
-    before, _chosen = _chosen, name
-    try:
-        yield
-    finally:
-        _chosen = before
+
+    def __init__(self, name: str) -> None:
+        check_name(name)
+        self.name = name
+        _stated[:] = [*_stated[-100:], self]  # until it is entered it is a statement
+        follow()
+
+    def __call__(self, function: Any) -> Any:
+        self.is_block()
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self.is_block()
+        _here.names.append(self.name)
+        _entered.append(self)
+        follow()
+
+    def __exit__(self, *error: object) -> None:
+        _here.names.pop()
+        _entered.remove(self)
+        follow()
+
+    def is_block(self) -> None:
+        _stated[:] = [each for each in _stated if each is not self]
+        follow()
+
+
+def follow() -> None:
+    global _latest
+    _latest = _entered[-1].name if _entered else stated()
+
+
+def stated() -> str | None:
+    return _stated[-1].name if _stated else _default
+
+
+def chosen() -> str | None:
+    """The name that this thread computes with, if somebody chose."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0:
+        return _latest  # autograd's threads have no blocks of their own
+    return _here.names[-1] if _here.names else stated()
 
 
 def current_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -54,16 +108,17 @@ def current_backend(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: the chosen backend is unknown, or is "triton" and cannot be used there; the reason is in the text.
     """
-    if _chosen is None:
+    name = chosen()
+    if name is None:
         reason = why_not_triton(device, dtype)
         if reason and device.type == "cuda" and dtype != torch.float64:
             warn_once(reason)
         return "torch" if reason or _failed else "auto"
-    check_name(_chosen)
-    reason = why_not_triton(device, dtype) if _chosen == "triton" else None
+    check_name(name)
+    reason = why_not_triton(device, dtype) if name == "triton" else None
     if reason:
         raise ValueError(f'the backend "triton" was chosen, but {reason}; the backend "torch" works there')
-    return _chosen
+    return name
 
 
 def check_name(name: str) -> None:
