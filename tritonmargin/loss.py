@@ -16,7 +16,7 @@ from tritonmargin import checks, reference
 from tritonmargin.backends.precision import accumulate, precision_of
 from tritonmargin.backends.registry import KernelError, backend_after, current_backend, load_backend
 from tritonmargin.class_pass.exp_range import is_bounded
-from tritonmargin.class_pass.op import class_pass, seen_as_ops
+from tritonmargin.class_pass.op import class_pass, forward_mode, seen_as_ops
 from tritonmargin.distributed.settings import Settings
 from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
@@ -142,6 +142,11 @@ def validated(
     if compute != torch.float64 and autocast:
         compute = torch.get_autocast_dtype(device)
     backend = current_backend(embeddings.device, compute)
+    if backend != "reference" and forward_mode((embeddings, weight, inputs.bias)):
+        raise NotImplementedError(
+            "tritonmargin: the loss has no forward mode (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad); "
+            'use reverse mode, or tm.use_backend("reference") on small problems'
+        )
     if backend == "reference" and not (ranks.is_single and updater is None):
         raise ValueError("the reference backend has neither process groups nor update_in_backward")
     return labels, compute, backend

@@ -21,7 +21,7 @@ from networks import CLASSES, HEADS, D, N, Network, assert_close, assert_equal, 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -115,47 +115,62 @@ def test_several_networks_at_once_by_stacked_parameters() -> None:
 
 @not_ttsem
 @every_head
-def test_gradients_inside_of_torch_func_are_refused(kind: str) -> None:
-    """The op's autograd is no function that torch.func can differentiate; the message is PyTorch's."""
+def test_gradients_inside_of_torch_func_are_those_of_backward(kind: str) -> None:
     loss, x, w, y = losses(kind)
 
-    def of_x(x: Tensor) -> Tensor:
-        return loss(x, w[0], y[0])
+    def backward(x: Tensor, w: Tensor) -> dict[str, Tensor]:
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        return dict(zip("xw", torch.autograd.grad(loss(x, w, y[0]).sum(), (x, w)), strict=True))
 
-    for call in (grad(of_x), jacrev(of_x), functools.partial(vjp, of_x)):
-        with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
-            call(x[0])
-    with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
-        vmap(grad(of_x))(x)
+    def summed(x: Tensor, w: Tensor) -> Tensor:
+        return loss(x, w, y[0]).sum()
+
+    expected = backward(x[0], w[0])
+    for call in (grad(summed, argnums=(0, 1)), jacrev(summed, argnums=(0, 1))):
+        assert_close(dict(zip("xw", call(x[0], w[0]), strict=True)), expected)
+    out, pulled = vjp(summed, x[0], w[0])
+    assert_close(dict(zip("xw", pulled(torch.ones_like(out)), strict=True)), expected)
+    both = vmap(grad(summed), in_dims=(0, None))(x, w[0])
+    assert_close({"x": both[1]}, {"x": backward(x[1], w[0])["x"]})
 
 
 @not_ttsem
-@pytest.mark.parametrize("kind", ["bounded", "hinge"])
-def test_forward_mode_is_refused_where_embeddings_are_normalised(kind: str) -> None:
-    loss, x, w, y = losses(kind)
-    with pytest.raises(NotImplementedError, match="You must implement the jvp function"):
-        jvp(lambda x: loss(x, w[0], y[0]), (x[0],), (x[1],))
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match="You must implement the jvp function"),
-    ):
-        loss(forward_ad.make_dual(x[0], x[1]), w[0], y[0])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_a_head_by_its_parameters_inside_of_torch_func() -> None:
+    network, given = Network(), batch()
+    numbers = {name: each.detach() for name, each in network.named_parameters()}
+    found = grad(lambda numbers: functional_call(network, numbers, given))(numbers)
+    expected = step(network, network, *given)
+    assert_close(found, {name: expected[name] for name in found})
 
 
-@pytest.mark.xfail(strict=True, reason="the tangent is that of the margin alone, and nobody says so")
 @not_ttsem
-@pytest.mark.parametrize("make", [tm.Softmax, tm.LSoftmax])
-def test_forward_mode_is_refused_or_right_where_embeddings_are_raw(make: type[tm.Margin]) -> None:
+def test_a_second_derivative_inside_of_torch_func_is_refused() -> None:
+    loss, x, w, y = losses("bounded")
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        grad(lambda x: grad(lambda x: loss(x, w[0], y[0]).sum())(x).square().sum())(x[0])
+
+
+@not_ttsem
+@pytest.mark.parametrize("make", [tm.Softmax, tm.LSoftmax, tm.ArcFace, tm.NormFace])
+@pytest.mark.parametrize("objective", ["softmax", "hinge", "max-hinge"])
+def test_forward_mode_is_refused_before_any_work(
+    make: type[tm.Margin], objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, along, w, y = made(N, D), made(N, D, seed=1), made(CLASSES, D, seed=2), labels(CLASSES, N)
+    monkeypatch.setattr("tritonmargin.loss.class_pass", None)
 
     def loss(x: Tensor) -> Tensor:
-        return tm.margin_cross_entropy(x, w, y, make(), chunk_bytes=1)
+        return tm.margin_cross_entropy(x, w, y, make(), objective=objective, chunk_bytes=1)
 
-    expected = (torch.autograd.functional.jacobian(loss, x) * along).sum()
-    try:
+    for call in (lambda: jvp(loss, (x,), (along,)), lambda: jacfwd(loss)(x), lambda: hessian(loss)(x)):
+        with pytest.raises(NotImplementedError, match="the loss has no forward mode"):
+            call()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="the loss has no forward mode"):
+        loss(forward_ad.make_dual(x, along))
+    with tm.use_backend("reference"):
         _, found = jvp(loss, (x,), (along,))
-    except (NotImplementedError, RuntimeError):
-        return
+        expected = (torch.autograd.functional.jacobian(loss, x) * along).sum()
     torch.testing.assert_close(found, expected)
 
 

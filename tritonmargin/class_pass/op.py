@@ -45,6 +45,8 @@ def class_pass(inputs: PassInputs, spec: PassSpec, updater: Updater | None = Non
     grad = torch.is_grad_enabled()
     updates = updater is not None and grad and inputs.weight.requires_grad
     if not updates and seen_as_ops(inputs):
+        if inside_torch_func("Grad"):
+            return PassOutput(*Transformed.apply(spec, *inputs)[:OUTPUTS])
         found = torch.ops.tritonmargin.class_pass(*inputs, *encode(spec))
         return PassOutput(*found[:OUTPUTS])
     if grad and any(each is not None and each.requires_grad for each in (inputs.x, inputs.weight, inputs.bias)):
@@ -88,7 +90,8 @@ def backward_pass(
 
     if update is None and seen_as_ops((*inputs, *grads)):
         tensors = (*inputs, *padded(saved, inputs.x), *grads)
-        packed = torch.ops.tritonmargin.class_pass_backward(*tensors, *needs, *encode(spec))
+        run_op = TransformedBackward.apply if inside_torch_func("Grad") else backward_as_op
+        packed = run_op((*needs, *encode(spec)), *tensors)
         return InputGrads(*(each if need else None for each, need in zip(packed, needs, strict=True)))
     return once(run, inputs.x, inputs.weight, inputs.bias, *grads)
 
@@ -168,6 +171,16 @@ def wanted(needs_input_grad: Sequence[bool]) -> tuple[bool, bool, bool]:
     return bool(needs.x), bool(needs.weight), bool(needs.bias)
 
 
+def forward_mode(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether somebody differentiates these tensors in forward mode, torch.func.jvp among them."""
+    level = torch.autograd.forward_ad._current_level
+    if torch.compiler.is_compiling() or level < 0:
+        return False
+    unpack = torch.autograd.forward_ad.unpack_dual
+    # Inside of another transform, as in a hessian, the tangents are not those of the tensors that are seen here.
+    return inside_torch_func("Jvp") or any(each is not None and unpack(each).tangent is not None for each in tensors)
+
+
 # -- eager -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +258,57 @@ def no_double_backward(ctx: Any, *grads: Any) -> Any:
         "tritonmargin: the loss can be differentiated once; its gradient has no gradient (double backward). "
         'Use tm.use_backend("reference") for second derivatives on small problems.'
     )
+
+
+# -- torch.func's grad, vjp and jacrev, which take functions of another form than eager code and compilers ------------
+
+
+def inside_torch_func(transform: str) -> bool:
+    """Whether a transform of this kind is being done: "Grad", "Jvp" or "Vmap"."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    kind = getattr(torch._C._functorch.TransformType, transform)
+    return any(each.key() == kind for each in torch._C._functorch.get_interpreter_stack() or ())
+
+
+class Transformed(torch.autograd.Function):
+    """`ClassPass` without an updater."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec: PassSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.tritonmargin.class_pass(*tensors, *encode(spec))
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        setup_forward(ctx, (*inputs[1:], *encode(inputs[0])), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return None, *input_gradients(ctx, grads, wanted(ctx.needs_input_grad[1:]))
+
+
+def backward_as_op(constants: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = torch.ops.tritonmargin.class_pass_backward(*tensors, *constants)
+    return found
+
+
+class TransformedBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(constants: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return backward_as_op(constants, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return no_double_backward(ctx, *grads)
 
 
 # -- the operators ---------------------------------------------------------------------------------------------------
