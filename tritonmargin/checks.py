@@ -63,6 +63,11 @@ def check_no_scaler(dtype: torch.dtype) -> None:
 def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor: a loss takes plain tensors. For classes that are split over ranks make a "
+            f"MarginSoftmaxLoss with process_group=; or pass {name}.full_tensor(), which gathers it"
+        )
 
 
 def check_matrix(name: str, tensor: Tensor, shape: str) -> None:

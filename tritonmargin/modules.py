@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from tritonmargin.checks import check_class_vector, check_margin
 from tritonmargin.distributed.agreement import Lookout, check_agreement
+from tritonmargin.distributed.around import Around
 from tritonmargin.distributed.shard import GRADIENT_FOR, Shard
 from tritonmargin.distributed.single import SINGLE
 from tritonmargin.loss import SETTINGS, compute_loss
@@ -132,7 +132,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.objective = objective
             self.seed = seed
             self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
-            self.lookout = Lookout(process_group)
+            self.lookout, self.around = Lookout(process_group), Around()
             self._updater: RowOptimizer | None = None
             rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
             self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
@@ -212,6 +212,7 @@ class MarginSoftmaxLoss(nn.Module):
         super().__setstate__(state)
         if "lookout" not in state:
             self.lookout = Lookout(None if self.shard is None else self.shard.group)
+        self.around = Around()
         self.mark_rows()
 
     def forward(
@@ -222,9 +223,9 @@ class MarginSoftmaxLoss(nn.Module):
         class_ids: the active classes instead of those that `sample_rate` would draw; under a process group rows of
             this rank, with the targets of all ranks' samples that are among them.
         """
-        self.lookout.look()
-        if self.shard is not None or self._updater is not None:
-            self.check_apart()
+        if not torch.compiler.is_compiling() and dist.is_available() and dist.is_initialized():
+            self.lookout.look()
+            self.around.check(self)
         ranks = SINGLE if self.shard is None else self.shard
         sampler = None
         if class_ids is None and self.training and self.sample_rate < 1.0 and self.sampler is not None:
@@ -255,42 +256,19 @@ class MarginSoftmaxLoss(nn.Module):
             logq_correction=logq_correction,
         )  # fmt: skip
 
-    def check_apart(self) -> None:
-        """RuntimeError inside of a DistributedDataParallel or `fully_shard` that takes a rank's rows for replicas."""
-        if torch.compiler.is_compiling() or not dist.is_available():
-            return
-        if self.shard is not None and getattr(self.weight, "shard", None) is not self.shard:
-            raise RuntimeError(
-                "tritonmargin: the head's weight is not the parameter that it made. fully_shard takes each rank's "
-                "rows for parts of one tensor: a head with a process_group stays outside, wrap the backbone alone. To "
-                "give a head other rows, copy them into head.weight"
-            )
-        around = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
-        if around is None:
-            return
-        own: list[Tensor | None] = [self.weight]
-        if self.shard is not None:
-            own += [self.bias, self.class_weight if around.broadcast_buffers else None]
-        ignored = getattr(around, "parameters_to_ignore", ())
-        for name, tensor in (*around.module.named_parameters(), *around.module.named_buffers()):
-            if name not in ignored and any(tensor is each for each in own):
-                raise RuntimeError(
-                    f"tritonmargin: the head is inside DistributedDataParallel, which gives all ranks the first one's "
-                    f"{name} and averages gradients: a head with a process_group, or with update_in_backward, stays "
-                    "outside. Wrap the backbone alone"
-                )
-
     def if_finite(self, loss: Tensor) -> Tensor:
         """The loss; or what `on_nonfinite` says, on all ranks alike, if any rank's is nan or inf."""
         bad = (~loss.detach().isfinite()).any().to(torch.float32)
-        if self.shard is not None and self.reduction == "none":
-            bad = self.shard.all_max(bad)
+        if self.shard is not None:
+            bad = self.shard.all_max(bad) if self.reduction == "none" else bad
+        elif loss.requires_grad and dist.is_available() and dist.is_initialized():
+            bad = self.around.somewhere(self, bad)
         if not bool(bad):
             return loss
         if self.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"the loss is {loss.detach().sum().item()}: nan or inf in some sample, on all ranks"
-            )
+            value = loss.detach().sum()
+            where = "of another rank is" if value.isfinite() else f"is {value.item()}:"
+            raise FloatingPointError(f"the loss {where} nan or inf in some sample, on all ranks")
         # A leaf of its own: backward reaches nothing, not even the embeddings, because a gradient of 0 times what is
         # nan in a backbone is nan.
         nothing = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=torch.is_grad_enabled())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from cases import cpu_only
@@ -21,8 +20,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-
-import tritonmargin as tm
 
 pytestmark = cpu_only
 
@@ -166,17 +163,6 @@ def sampled_in_ddp() -> None:
         assert torch.equal(wrapped.module.head.sampler, alone.head.sampler)
 
 
-def test_sparse_gradients_are_refused_by_ddp() -> None:
-    """It flattens gradients into buckets; torch says so, in its own words, at the first backward."""
-    on_ranks(RANKS, sparse_in_ddp)
-
-
-def sparse_in_ddp() -> None:
-    wrapped = DistributedDataParallel(network("bounded", sparse_grad=True))
-    with pytest.raises(NotImplementedError, match="Cannot access storage of SparseTensorImpl"):
-        wrapped(*map(mine, whole_batch(0))).backward()
-
-
 # -- fully_shard -----------------------------------------------------------------------------------------------------
 
 
@@ -227,21 +213,3 @@ def in_mixed_precision() -> None:
             grad /= RANKS
         check_gradients(wrapped, dict(grads), kind)
         assert all(each.grad.dtype == torch.float32 for each in wrapped.parameters())
-
-
-def test_sparse_gradients_and_updates_in_backward_are_refused_by_fully_shard() -> None:
-    on_ranks(RANKS, refused_by_fully_shard)
-
-
-def refused_by_fully_shard() -> None:
-    """The rows are no longer the parameter that the optimizer has."""
-    mesh = init_device_mesh("cpu", (RANKS,))
-    given = tuple(map(mine, whole_batch(0)))
-    updated = network("bounded")
-    updated.head.update_in_backward(tm.optim.RowSGD([updated.head.weight], lr=0.1))
-    fully_shard(updated, mesh=mesh)
-    with pytest.raises(ValueError, match="update_in_backward: the optimizer has no such parameter"):
-        updated(*given).backward()
-    sparse = fully_shard(network("bounded", sparse_grad=True), mesh=mesh)
-    with pytest.raises(NotImplementedError, match="Could not run 'fsdp::chunk_cat'"):
-        sparse(*given).backward()

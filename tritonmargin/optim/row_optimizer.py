@@ -213,7 +213,12 @@ class RowOptimizer(torch.optim.Optimizer):
         return [weight for group in self.param_groups for weight in group["params"]]
 
     def check_weight(self, weight: Tensor) -> None:
-        """ValueError unless the optimizer has this parameter, and can write its rows."""
+        """ValueError or TypeError unless the optimizer has this parameter, and can write its rows."""
+        if isinstance(weight, DTensor):
+            raise TypeError(
+                "update_in_backward inside fully_shard: it gathers the rows for each step and drops them. Call the "
+                "optimizer without update_in_backward, or shard the classes with process_group= outside of fully_shard"
+            )
         self.group_of(weight)
         if not weight.is_contiguous():
             raise ValueError("update_in_backward: weight must be contiguous")
