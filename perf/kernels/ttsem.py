@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,18 +16,22 @@ MISSING = (
 
 
 @contextmanager
-def played(capability: int = 90) -> Iterator[Any]:
-    """Tensors say that they are on the GPU, and launches run here; what ttsem saw."""
+def played(capability: int = 90, to_the_end: bool = False) -> Iterator[Any]:
+    """Tensors say that they are on the GPU, and launches run here; what ttsem saw, and `modules`, what it executed.
+
+    to_the_end: kernels are compiled down to machine code, not only to the module that is executed.
+    """
     try:
-        from ttsem import harness, sanitize
+        from ttsem import sanitize
+
+        from perf.kernels.modules import made_once
     except ModuleNotFoundError as error:
         raise RuntimeError(MISSING) from error
 
-    parse, capturing = harness.mlir.parse, torch.cuda.is_current_stream_capturing
-    harness.mlir.parse = functools.lru_cache(maxsize=1000)(parse)  # a launch like an earlier one is parsed once
-    torch.cuda.is_current_stream_capturing = lambda: False  # it has no graphs
-    try:
-        with sanitize.session(cc=capability) as state:
-            yield state
-    finally:
-        harness.mlir.parse, torch.cuda.is_current_stream_capturing = parse, capturing
+    with (
+        made_once(to_the_end) as modules,
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),  # it has no graphs
+        sanitize.session(cc=capability) as state,
+    ):
+        state.modules = modules
+        yield state

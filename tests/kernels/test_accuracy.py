@@ -27,7 +27,7 @@ from tritonmargin.backends.triton import numbers as numbers_module
 from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
 
-N, D, C = 64, 128, 1000
+N, D, C = 32, 128, 520
 MARGINS = {"ArcFace": lambda: tm.ArcFace(m=0.5, s=32.0), "Softmax": lambda: tm.Softmax()}
 margins = pytest.mark.parametrize("margin", MARGINS)
 

@@ -51,6 +51,7 @@ def test_numbers_and_gradients(case: Case) -> None:
     check_pass(case, numbers_module)
 
 
+@pytest.mark.usefixtures("to_the_end")
 @pytest.mark.parametrize("numbers", [name for name in NUMBERS if name != "float32"])
 def test_several_tiles_in_every_direction(numbers: str) -> None:
     """The one that every GPU's tiles are executed with; float32 has none of its own."""

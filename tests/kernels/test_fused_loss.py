@@ -164,6 +164,7 @@ def test_loss_and_gradients(case: Case) -> None:
     check_loss(case)
 
 
+@pytest.mark.usefixtures("to_the_end")
 @pytest.mark.parametrize("numbers", [name for name in NUMBERS if name != "float16"])
 def test_several_chunks_past_the_bound(numbers: str) -> None:
     """exp(z) overflows: a maximum runs along. A logit of 100 is off by as many roundings; float16 loses whole rows."""

@@ -85,7 +85,7 @@ FAULTS = {
     ),
     "the target's rows after the update": Fault(
         "half.extremes, saved.target_rows,",
-        "half.extremes, weight.index_select(0, saved.label[: plan.n].clamp(min=0).long()),", by_update,
+        "half.extremes, inputs.weight.index_select(0, saved.label[: plan.n].clamp(min=0).long()),", by_update,
     ),
     "copied rows without 1/|w|": Fault(
         "a *= inverse[:, None]", "a *= 1.0", by_pass(Case(classes="sampled")),
@@ -152,8 +152,7 @@ STOPPED = {
         "tl.store(class_numbers + MEAN * line + position, a)", "past the end",
     ),
     "a load without its mask": (
-        "y = tl.load(target + i, mask=valid, other=0).to(tl.int64)", "y = tl.load(target + i).to(tl.int64)",
-        "past the end",
+        "w = tl.load(weight + place, mask=mask, other=0.0)", "w = tl.load(weight + place)", "past the end",
     ),
     "two programs on one slot": (
         "own = slot.to(tl.int64) * n + sample", "own = 0 * slot.to(tl.int64) * n + sample", "program instances",

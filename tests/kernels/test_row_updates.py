@@ -100,6 +100,7 @@ def check_update(case: Case, rule: str, state_dtype: torch.dtype, ops: Any = num
         assert torch.equal(update.steps.cpu(), wanted.steps)
 
 
+@pytest.mark.usefixtures("to_the_end")
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule: str) -> None:
     check_update(Case(), rule, torch.float32)

@@ -57,6 +57,7 @@ def test_the_kernels_draw_what_torch_draws(size: str, labels: str) -> None:
         assert torch.isin(target[(target >= 0) & (target < c)], found).all()
 
 
+@pytest.mark.usefixtures("to_the_end")
 def test_points_that_walk_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sides that leave as many points beyond the classes as there are classes."""
     c, s = 37, 30

@@ -109,7 +109,7 @@ def make_plan(
     tiles = pick_tiles(device.target, dtype, n, d, active, device.processors, precision)
     library = dtype == torch.float32 and precision == "ieee" and device.target != "interpreter"
     inside = dtype != torch.float32
-    line, line_n, line_d = blocks(n, 128) * 128, blocks(n, 16) * 16, blocks(d, 16) * 16
+    line_n, line_d = blocks(n, 16) * 16, blocks(d, 16) * 16
     if library:
         reduce = Tile((64, 64, 16), 1, 4, 1, 0, 0, False)
         weigh = Tile((32, 64, 16), 1, 4, 1, 0, 0, False)
@@ -117,6 +117,8 @@ def make_plan(
         how = (tiles.warps, tiles.stages, tiles.registers, tiles.programs, tiles.descriptors)
         reduce = Tile((tiles.block_n, tiles.block_c, tiles.block_d), parts(tiles.block_c), *how)
         weigh = Tile((tiles.block_c, tiles.block_n, tiles.block_d), parts(tiles.block_n), *how)
+    tall = max(reduce.shape[0], weigh.shape[1])
+    line = blocks(n, tall) * tall
     if inside:
         block_d = min(128, max(16, next_power(d)))
         block_l = 64 if device.target != "interpreter" else 16

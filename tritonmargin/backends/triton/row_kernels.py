@@ -76,19 +76,25 @@ def rows_kernel(
     """A sample: x' as the products take it, its class's row as it is now, their exact product, its label's position.
 
     UNIT: whether embeddings and class rows are normalised. per_class: bias, class weight, a; each may be None.
+    The program past the last sample fills up the line, which is less than 128 longer: labels to ignore, an x' of 0.
     """
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    valid = i < n
-    y = tl.load(target + i, mask=valid, other=0).to(tl.int64)
-    valid &= y != ignore_index
+    if i == n:
+        more = i + tl.arange(0, 128)
+        tl.store(label + more, IGNORED, mask=more < line)
+        if xs is not None:
+            for row in range(n, (n + 15) // 16 * 16):
+                tl.store(xs + row.to(tl.int64) * stride_xs + d, 0.0, mask=d < stride_xs)
+        return
+    y = tl.load(target + i).to(tl.int64)
+    valid = y != ignore_index
     y -= first_class
     here = valid & (y >= 0) & (y < classes)
     y = tl.where(here, y, 0)
     v = tl.load(x + i * strides_x[0] + d.to(tl.int64) * strides_x[1], mask=(d < D) & valid, other=0.0).to(tl.float32)
     w = tl.load(weight + y * strides_w[0] + d.to(tl.int64) * strides_w[1], mask=(d < D) & here, other=0.0)
-    inside = (d < D) & (i < n)
-    tl.store(target_rows + i * D + d, w, mask=inside)  # an update in backward may change it before it is read
+    tl.store(target_rows + i * D + d, w, mask=d < D)  # an update in backward may change it before it is read
     w = w.to(tl.float32)
     norm_x = tl.sqrt(tl.sum(v * v, axis=0))
     norm_w = tl.sqrt(tl.sum(w * w, axis=0))
@@ -114,7 +120,7 @@ def rows_kernel(
     if xs is not None:
         if ROUND:
             v = to_tf32(v)
-        tl.store(xs + i * stride_xs + d, v.to(xs.dtype.element_ty), mask=(d < stride_xs) & (i < (n + 15) // 16 * 16))
+        tl.store(xs + i * stride_xs + d, v.to(xs.dtype.element_ty), mask=d < stride_xs)
 
 
 @triton.jit(do_not_specialize=["k", "line", "start"])
