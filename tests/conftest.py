@@ -2,8 +2,8 @@
 
 TRITONMARGIN_TESTS chooses it. "cpu", the default: CPU tensors. "cuda": the GPU of this machine. "ttsem-90", also -80
 and -100: the same tests, written for device="cuda", with every kernel launch compiled for that compute capability and
-executed on the CPU by ttsem, which stops at accesses out of bounds and at races. TRITONMARGIN_EVERY=1: more of them, and
-compiled down to machine code. "interpreter": CPU tensors through Triton's interpreter.
+executed on the CPU by ttsem, which stops at accesses out of bounds and at races. TRITONMARGIN_EVERY=1: more of them,
+and compiled down to machine code. "interpreter": CPU tensors through Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ def forward_pass(
     per_class = tuple(None if vector is None else (vector, vector.stride(0)) for vector in (bias, class_weight, mean))
     block_d = row_block(max(d, plan.line_d))[1]
     call(
-        rows_of.rows_kernel, n + (n < line), x, weight, target, ids, per_class, xs, target_rows, numbers, label, n, line,
-        weight.shape[0], plan.active, spec.first_class, spec.ignore_index, plan.active.bit_length() + 1, spec.scale,
-        x.stride(), weight.stride(), plan.line_d,
+        rows_of.rows_kernel, n + (n < line), x, weight, target, ids, per_class, xs, target_rows, numbers, label, n,
+        line, weight.shape[0], plan.active, spec.first_class, spec.ignore_index, plan.active.bit_length() + 1,
+        spec.scale, x.stride(), weight.stride(), plan.line_d,
         UNIT=(spec.unit_embeddings, spec.unit_weight), ROUND=plan.precision == "tf32", D=d, BLOCK_D=block_d,
         num_warps=4,
     )  # fmt: skip

@@ -85,7 +85,7 @@ def rows_kernel(
         tl.store(label + more, IGNORED, mask=more < line)
         if xs is not None:
             for row in range(n, (n + 15) // 16 * 16):
-                tl.store(xs + row.to(tl.int64) * stride_xs + d, 0.0, mask=d < stride_xs)
+                tl.store(xs + tl.cast(row, tl.int64) * stride_xs + d, 0.0, mask=d < stride_xs)
         return
     y = tl.load(target + i).to(tl.int64)
     valid = y != ignore_index
