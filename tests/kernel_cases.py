@@ -223,6 +223,7 @@ class Exact(NamedTuple):
     xs: Tensor  # [N, D] x'
     norm_x: Tensor
     norm_w: Tensor  # of the targets
+    bias: Tensor | None  # [active]
     leaves: dict[str, Tensor]
 
 
@@ -243,7 +244,8 @@ def exact(inputs: PassInputs, position: Tensor, valid: Tensor, spec: PassSpec) -
     rows, norm = normalised(leaves["weight"])
     rows = (rows if spec.unit_weight else leaves["weight"])[where]
     z = xs @ rows.T
-    for each in (None if bias is None else leaves["bias"][where], double(inputs.offset)):
+    bias = None if bias is None else leaves["bias"][where]
+    for each in (bias, double(inputs.offset)):
         z = z if each is None else z + each
     own = position[:, None] == torch.arange(z.shape[1])
     here = position >= 0
@@ -252,7 +254,7 @@ def exact(inputs: PassInputs, position: Tensor, valid: Tensor, spec: PassSpec) -
     norm_w = norm[where][at] if len(rows) else product
     return Exact(
         z, z.masked_fill(own, -math.inf), torch.where(here, product, 0.0), rows, xs, norm_x,
-        torch.where(here, norm_w, 0.0), leaves,
+        torch.where(here, norm_w, 0.0), bias, leaves,
     )  # fmt: skip
 
 
@@ -300,6 +302,7 @@ def upstream(case: Case) -> dict[str, Tensor]:
     use += ["target_norm"] if not case.unit[1] else []
     use += ["mean_logit"] if case.mean != "no mean" else []
     use += ["hardest_product"] if "hardest" in case.asks else []
+    use += ["target_bias"] if given(case).inputs.bias is not None else []
     valid = given(case).valid
     sizes = torch.where(torch.arange(n, device=DEVICE) % 5 == 2, 1e-3, 1.0)
     found = {}
@@ -336,6 +339,11 @@ def check_pass(case: Case, ops: Any) -> None:
         most = right.others.amax(dim=1)
         assert (most - chosen <= case.tolerance * (1.0 + most.abs())).all(), "the hardest class is another one"
         expected["hardest_product"] = (right.xs * right.rows[row]).sum(dim=1)
+        if inputs.bias is not None:
+            expected["hardest_product"] = expected["hardest_product"] + right.bias[row]
+    if inputs.bias is not None:
+        place = position.cpu()
+        expected["target_bias"] = torch.where(place >= 0, right.bias[place.clamp(min=0)], 0.0)
     coarse = ("rest", "mean_logit", "hinge")  # the others come from no product of a tile
     for name, value in expected.items():
         near(getattr(out, name), value, case.tolerance / 4 if name in coarse else 1e-6, name, least=1.0)

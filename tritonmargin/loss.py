@@ -246,14 +246,13 @@ def from_pass(call: Call, backend: Backend, name: str) -> Numbers:
     offset, highest = None, 0.0
     if options.logq_correction:
         offset, highest = sampling_offset(call.active, call.sums)
-    own_bias = None if inputs.bias is None else own_numbers(inputs.bias, call.labels.own, call.sums)
     class_factor = None
     if inputs.class_weight is not None:
         class_factor = own_numbers(inputs.class_weight.detach(), call.labels.own, call.sums)
     mean_weight = smoothing_weight(call) if options.label_smoothing else None
     given = PassInputs(
         x=rows.x, weight=inputs.weight, target=rows.target, class_ids=inputs.class_ids, bias=inputs.bias,
-        mean_weight=mean_weight, threshold=threshold(call, rows, own_bias) if call.others == "hinge" else None,
+        mean_weight=mean_weight, threshold=threshold(call, rows) if call.others == "hinge" else None,
         offset=offset,
     )  # fmt: skip
     out = class_pass(given, pass_spec(call, rows, backend, name, highest), call.updater)
@@ -262,7 +261,7 @@ def from_pass(call: Call, backend: Backend, name: str) -> Numbers:
     if hardest.shape[0]:
         hardest, hardest_class = ranks.hardest(hardest, hardest_class)
     product, weight_norm, own_bias, class_factor = ranks.all_sums(
-        out.target_product, out.target_norm, own_bias, class_factor
+        out.target_product, out.target_norm, None if inputs.bias is None else out.target_bias, class_factor
     )
     t, plain = target_logit(call, product, weight_norm, norm, own_bias)
     hinging = call.others == "hinge"
@@ -334,13 +333,15 @@ def pass_spec(call: Call, rows: PassRows, backend: Backend, name: str, highest_o
     )
 
 
-def threshold(call: Call, rows: PassRows, own_bias: Tensor | None) -> Tensor:
+def threshold(call: Call, rows: PassRows) -> Tensor:
     """t, which the hinge has to know before the class pass; its gradient is put back in `reduced`."""
     with torch.no_grad():
         x, norm = rows.x, rows.norm
         if norm is None:
             x, norm = scaled_rows(zeros_if_ignored(rows.x, call.labels, call.compute), call.margin)
         product, weight_norm = target_numbers(x, call.inputs.weight, call.labels.own, call.margin)
+        bias = call.inputs.bias
+        own_bias = None if bias is None else own_numbers(bias, call.labels.own, call.sums)
         product, weight_norm, own_bias = call.ranks.all_sums(product, weight_norm, own_bias)
         return target_logit(call, product, weight_norm, norm, own_bias)[0]
 
@@ -387,8 +388,6 @@ def hardest_of(out: PassOutput, given: PassInputs) -> tuple[Tensor, Tensor]:
         return logit, row
     index = row.clamp(min=0)
     found = index if ids is None or not len(ids) else ids[index]
-    if given.bias is not None and len(given.bias):
-        logit = logit + given.bias[found].to(logit.dtype)
     if given.offset is not None and len(given.offset):
         logit = logit + given.offset[index]
     return logit, torch.where(row >= 0, found, -1)

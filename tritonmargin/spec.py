@@ -120,11 +120,12 @@ class PassOutput(NamedTuple):
     rest: Tensor  # log sum_{j != y} exp(z_ij)
     target_product: Tensor  # x'_i . w'_y, without the bias
     target_norm: Tensor  # |w_y|
+    target_bias: Tensor  # b_y
     embedding_norm: Tensor  # |x_i|, from a backend that normalises
     mean_logit: Tensor  # sum_j a_j (x'_i . w'_j + b_j) over the active classes, the target's without its margin
     hinge: Tensor  # sum_{j != y} relu(z_ij - threshold_i)
     violations: Tensor  # how many terms of it are positive; not differentiable
-    hardest_product: Tensor  # x'_i . w'_h without bias and offset, h = argmax_{j != y} z_ij; -inf without another class
+    hardest_product: Tensor  # x'_i . w'_h + b_h without offset, h = argmax_{j != y} z_ij; -inf without another class
     hardest_row: Tensor  # int64, the position of h in the pass, -1 without another class; not differentiable
 
 
@@ -134,6 +135,7 @@ class PassGrads(NamedTuple):
     rest: Tensor | None = None
     target_product: Tensor | None = None
     target_norm: Tensor | None = None
+    target_bias: Tensor | None = None
     embedding_norm: Tensor | None = None
     mean_logit: Tensor | None = None
     hinge: Tensor | None = None

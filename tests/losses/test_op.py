@@ -233,6 +233,7 @@ def test_opcheck_of_its_backward(name: str) -> None:
         rest=g if spec.want_rest else None,
         target_product=g,
         target_norm=g / out.target_norm,
+        target_bias=None if inputs.bias is None else g,
         mean_logit=None if inputs.mean_weight is None else g,
         hinge=None if inputs.threshold is None else g,
         hardest_product=g if spec.want_hardest else None,

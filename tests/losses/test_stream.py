@@ -202,7 +202,7 @@ def test_every_output_and_its_gradient(sampled: bool, unit: bool, backend: str) 
     row = row.clone()
     row[2] = -1
     class_weight, threshold = made(CLASSES, seed=7).abs().to(dtype), made(8, seed=8).to(dtype)
-    upstream = [made(8, seed=20 + k).to(dtype) for k in range(6)]
+    upstream = [made(8, seed=20 + k).to(dtype) for k in range(7)]
     values, grads = [], []
     for streaming in (True, False):
         x, w = given.x.clone().requires_grad_(), given.w.clone().requires_grad_()
@@ -220,6 +220,7 @@ def test_every_output_and_its_gradient(sampled: bool, unit: bool, backend: str) 
                 out = by_definition(x, w, row, ids, b, class_weight, t, unit)
             names = ["hinge"] if hinging else ["rest"]
             names += ["target_product", "target_norm", "mean_logit", "hardest_product"]
+            names += [] if b is None else ["target_bias"]
             for name, weight in zip(names, upstream, strict=False):
                 total = total + out[name] @ weight
             found |= {name: out[name] for name in [*names, "hardest_row"]}
@@ -254,8 +255,10 @@ def by_definition(
         "target_norm": torch.where(valid, norm[place], 0.0),
         "mean_logit": x @ (class_weight @ rows) + (0.0 if b is None else (class_weight * b).sum()),
         "hardest_row": hardest,
-        "hardest_product": (x * rows[hardest]).sum(dim=1),
+        "hardest_product": z.gather(1, hardest[:, None])[:, 0],
     }
+    if b is not None:
+        out["target_bias"] = torch.where(valid, b[place], 0.0)
     if threshold is not None:
         excess = (others - threshold[:, None]).relu()
         out |= {"hinge": excess.sum(dim=1), "violations": (excess > 0).to(z.dtype).sum(dim=1)}

@@ -65,7 +65,7 @@ def run_backward(
         if dense is not None:
             rows = rows._replace(undo=dense.undo)
         grad_x = x.new_zeros((chunks.n, chunks.d)) if wanted.x else None
-        grad_bias = x.new_zeros(len(inputs.weight)) if wanted.bias else None
+        bias = x.new_zeros(len(inputs.weight), dtype=torch.float64) if wanted.bias else None
         weight = WeightGradient(inputs, spec, chunks, rows, dense, update) if wanted.weight else None
         for start, stop in chunks.ranges():
             prepared, p = chunks.rows(start, stop, stored.inverse), None
@@ -73,15 +73,13 @@ def run_backward(
                 p, by_class = dlogits(chunks, dense, stored.retained, prepared, start, stop, wanted.bias)
                 if grad_x is not None:
                     add_product(grad_x, p.t(), prepared.operand)
-                if by_class is not None and grad_bias is not None:
-                    grad_bias[chunks.where(start, stop)] = by_class
+                if by_class is not None and bias is not None:
+                    bias[chunks.where(start, stop)] = by_class
             if weight is not None:
                 weight.add(p, prepared, start, stop)
         if grad_x is not None:
             finish_x(grad_x, stored, grads, dense, hardest_rows)
-        if grad_bias is not None and inputs.bias is not None:
-            add_mean(grad_bias, inputs, grads)
-            grad_bias = grad_bias.to(inputs.bias.dtype)
+        grad_bias = None if bias is None else finish_bias(bias, inputs, stored, grads, chunks)
         return InputGrads(grad_x, None if weight is None or update is not None else weight.out, grad_bias)
 
 
@@ -158,7 +156,7 @@ def dlogits(
     scratch = tile if dense.scratch is None else dense.scratch[:size]
     z = chunks.logits(rows, start, stop, tile) if ready is None else ready
     p = dense.fill(z, scratch)
-    sums = p @ dense.g if by_class else None
+    sums = exact_sums(p, dense.g) if by_class else None
     return (p if p.dtype == tile.dtype else tile.copy_(p)), sums
 
 
@@ -194,15 +192,29 @@ def finish_x(grad_x: Tensor, saved: Saved, grads: PassGrads, dense: Dense | None
         grad_x.addr_(grads.mean_logit, saved.mean_row)
 
 
-def add_mean(grad_bias: Tensor, inputs: PassInputs, grads: PassGrads) -> None:
-    """d mean_logit_i / d b_j = a_j for the active classes."""
-    if grads.mean_logit is None or inputs.mean_weight is None:
-        return
-    g = grads.mean_logit.sum()
-    if inputs.class_ids is None:
-        grad_bias.addcmul_(inputs.mean_weight, g)
-    else:
-        grad_bias.index_add_(0, inputs.class_ids, inputs.mean_weight.index_select(0, inputs.class_ids) * g)
+def exact_sums(p: Tensor, g: Tensor) -> Tensor:  # [K, N], [N] -> [K]
+    """p @ g in float64, a part at a time."""
+    found = p.new_zeros(len(p), dtype=torch.float64)
+    for part, of in zip(p.split(1024, dim=1), g.split(1024), strict=True):
+        found += part.double() @ of.double()
+    return found
+
+
+def finish_bias(sums: Tensor, inputs: PassInputs, saved: Saved, grads: PassGrads, chunks: Chunks) -> Tensor:
+    """dL/db from its part through all logits; what each sample does to its own class, and to the hardest one; the mean.
+
+    The sum over a class's own samples is nearly what is taken away from it, so all of it is summed in float64 and
+    rounded once.
+    """
+    for row, g in ((chunks.target, grads.target_bias), (saved.hardest_row, grads.hardest_product)):
+        if g is not None and len(sums):
+            sums.index_put_((chunks.class_at(row),), torch.where(row >= 0, g, 0.0).double(), accumulate=True)
+    if grads.mean_logit is not None and inputs.mean_weight is not None:
+        a = inputs.mean_weight.double() * grads.mean_logit.sum(dtype=torch.float64)
+        where = chunks.where(0, chunks.classes)
+        sums[where] += a[where]
+    assert inputs.bias is not None
+    return sums.to(inputs.bias.dtype)
 
 
 class WeightGradient:

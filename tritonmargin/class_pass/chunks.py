@@ -155,11 +155,20 @@ class Chunks:
         """The chunk's rows among all of the weight."""
         return slice(start, stop) if self.class_ids is None else self.class_ids[start:stop]
 
+    def class_at(self, row: Tensor) -> Tensor:
+        """The classes at these positions in the pass; some class where there is none."""
+        index = row.clamp(min=0)
+        return self.class_ids.index_select(0, index) if self.class_ids is not None and self.classes else index
+
+    def bias_at(self, row: Tensor) -> Tensor:
+        """One b per sample in the precision of sums; 0 where row is -1."""
+        if self.bias is None or not len(self.bias):
+            return self.per_sample(0.0)
+        return torch.where(row >= 0, self.bias.index_select(0, self.class_at(row)).to(self.acc), 0.0)
+
     def gather(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """One w' and its |w| per sample in the precision of sums; zeros where row is -1."""
-        index = row.clamp(min=0)
-        if self.class_ids is not None and self.classes:
-            index = self.class_ids.index_select(0, index)
+        index = self.class_at(row)
         if not len(self.weight):
             return self.x.new_zeros(self.n, self.d, dtype=self.acc), self.per_sample(0.0)
         rows = torch.where(row[:, None] >= 0, self.weight.index_select(0, index).to(self.acc), 0.0)

@@ -75,7 +75,7 @@ def results(
 ) -> tuple[PassOutput, Saved]:
     x = inputs.x
     # Each output is a tensor of its own, asked for or not: autograd tells outputs apart by the tensor.
-    rest, shift, norm, mean_logit, hinge, violations, hardest_product = (x.new_empty(0) for _ in range(7))
+    rest, shift, norm, bias, mean_logit, hinge, violations, hardest_product = (x.new_empty(0) for _ in range(8))
     hardest_row = chunks.target.new_empty(0)
     if run.total is not None:
         rest = run.total.log()
@@ -86,6 +86,8 @@ def results(
     if run.hardest is not None and run.hardest_row is not None:
         hardest, hardest_row = run.hardest, run.hardest_row
         product = (x * chunks.gather(hardest_row)[0]).sum(dim=1)
+        if inputs.bias is not None:
+            product = product + chunks.bias_at(hardest_row)
         hardest_product = torch.where((hardest_row < 0) | hardest.isnan(), hardest, product)
     if inputs.mean_weight is not None:
         mean_logit = x @ mean_row
@@ -94,11 +96,14 @@ def results(
             assert a is not None
             assert b is not None
             mean_logit = mean_logit + (a * b).sum()
+    if inputs.bias is not None:
+        bias = chunks.bias_at(chunks.target)
     target_rows, target_norm = chunks.gather(chunks.target)
     out = PassOutput(
         rest=rest,
         target_product=(x * target_rows).sum(dim=1),
         target_norm=target_norm,
+        target_bias=bias,
         embedding_norm=norm,
         mean_logit=mean_logit,
         hinge=hinge if run.hinge is None else run.hinge,
@@ -119,6 +124,7 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
         rest=x.new_empty(n if spec.want_rest else 0),
         target_product=x.new_empty(n),
         target_norm=x.new_empty(n),
+        target_bias=x.new_empty(0 if inputs.bias is None else n),
         embedding_norm=x.new_empty(0),
         mean_logit=x.new_empty(0 if inputs.mean_weight is None else n),
         hinge=x.new_empty(n if hinging else 0),

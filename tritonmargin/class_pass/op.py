@@ -126,6 +126,7 @@ def asked_for(inputs: PassInputs, spec: PassSpec, grads: Sequence[Tensor | None]
         rest=out.rest if spec.want_rest and not hinging else None,
         target_product=out.target_product,
         target_norm=out.target_norm,
+        target_bias=None if inputs.bias is None else out.target_bias,
         embedding_norm=out.embedding_norm if load_backend(spec.backend).normalises else None,
         mean_logit=None if inputs.mean_weight is None else out.mean_logit,
         hinge=out.hinge if hinging else None,

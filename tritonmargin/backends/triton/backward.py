@@ -30,7 +30,6 @@ class Wanted(NamedTuple):
     through: bool = True  # anything comes through the logits; else through the exact rows alone
     norm: bool = False  # |x| has a gradient
     weight_norm: bool = False  # |w_y| has a gradient
-    own_bias: bool = False  # b_y's part of t is in the gradients given, for nobody else will add it
 
 
 class Exact(NamedTuple):
@@ -205,14 +204,13 @@ class Backward:
         exact = None
         if self.exact is not None:
             exact = (self.exact.position, self.exact.product, self.exact.gradient, (1, 1))
-        grad_bias = None if self.grad_bias is None else (self.grad_bias, True if self.wanted.own_bias else None)
-        sums = (self.along, self.by_class, grad_bias, self.sample_blocks)
+        sums = (self.along, self.by_class, self.grad_bias, self.sample_blocks)
         beside = (sums, (inputs.x, exact), (self.upstream, None if half is None else half.extremes), weight)
         out = self.grad_weight if update is None else weight
         by_ids = inputs.class_ids is not None and (update is not None or not spec.sparse)
         rule = None if update is None else TRITON_RULES[update.rule]
         # Each of these would spill beside as much of the tile as plain gradients leave in the registers.
-        more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, grad_bias))
+        more = weight.dtype == torch.float32 or any(each is not None for each in (half, rule, self.grad_bias))
         sizes = (weight.stride(), 0 if out is None else out.stride(0), inputs.x.stride())
         constants = dict(
             KIND=(plan.d, spec.unit_weight, spec.unit_embeddings, made, spec.unit_weight and plan.copied, by_ids,

@@ -71,7 +71,7 @@ def finish_kernel(
             z *= undo
             dot *= undo
         if grad_bias is not None and first_d == 0:
-            bias_rows(by_class, grad_bias, label, grads, upstream, half, row, source, known, k, start, first_c, blocks,
+            bias_rows(by_class, grad_bias, label, grads, exact[1], upstream, half, row, source, known, k, start, blocks,
                       line, BLOCK_C)  # fmt: skip
         parts = parts_of(z, BLOCK_C, BLOCK_D, SPLIT)
         for part in tl.static_range(0 if out is None else SPLIT):
@@ -147,27 +147,35 @@ def add_samples(
 
 @triton.jit
 def bias_rows(
-    by_class, grad_bias, label, grads, upstream, half, row, source, known, k, start, first_c, blocks, line,
+    by_class, grad_bias, label, grads, hardest, upstream, half, row, source, known, k, start, blocks, line,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dL/db of the rows: the sums over all samples, and the targets' own where the loss has made them."""
-    found = tl.zeros((BLOCK_C,), tl.float32)
+    """dL/db of rows: the sums over samples, or where there are none the targets' own part; and the hardest classes'.
+
+    hardest: those of finish_kernel's exact.
+    """
+    found = tl.zeros((BLOCK_C,), tl.float64)
     if by_class is not None:
         for block in range(blocks):
             found += tl.load(by_class + tl.cast(block, tl.int64) * k + row, mask=known, other=0.0)
         if half is not None:
             found *= half_factor(half)
-    pointer, own_too = grad_bias
-    if own_too is not None:
-        for first in range(0, line, 1024):
-            j = first + tl.arange(0, 1024)
-            own = tl.load(label + j, mask=j < line, other=-1) - start
-            hit = (own >= first_c) & (own < first_c + BLOCK_C)
-            i = tl.min(tl.where(hit, j, 2147483647), axis=0)
-            while i < 2147483647:
-                g = tl.load(grads + G_TARGET * line + i)
-                found += tl.where(row == tl.load(label + i) - start, g, 0.0)
-                i = tl.min(tl.where(hit & (j > i), j, 2147483647), axis=0)
+    else:
+        found += own_sums(label, grads + G_TARGET * line, 1, row, start, line, BLOCK_C)
+    if hardest is not None:
+        found += own_sums(hardest[0], hardest[2], hardest[3][1], row, start, line, BLOCK_C)
     for factor in tl.static_range(len(upstream)):
         found *= tl.load(upstream[factor]).to(tl.float32)
-    tl.store(pointer + source, found.to(pointer.dtype.element_ty), mask=known)
+    tl.store(grad_bias + source, found.to(grad_bias.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def own_sums(label, gradient, stride, row, start, line, BLOCK_C: tl.constexpr):
+    """The sum over the samples that point at each row, a block of samples at a time."""
+    found = tl.zeros((BLOCK_C,), tl.float64)
+    for first in range(0, line, 16):
+        j = first + tl.arange(0, 16)
+        own = tl.load(label + j, mask=j < line, other=-1) - start
+        g = tl.load(gradient + j * stride, mask=j < line, other=0.0).to(tl.float64)
+        found += tl.sum(tl.where(own[None, :] == row[:, None], g[None, :], 0.0), axis=1)
+    return found

@@ -80,7 +80,7 @@ class FusedLoss(torch.autograd.Function):
             need_weight = update is not None
         wanted = Wanted(
             need_x, need_weight, need_bias,
-            norm=ctx.scaled, weight_norm=ctx.scaled and not spec.unit_weight, own_bias=True,
+            norm=ctx.scaled, weight_norm=ctx.scaled and not spec.unit_weight,
         )  # fmt: skip
         with on_device(inputs.x):
             found = once(

@@ -19,6 +19,7 @@ from tritonmargin.backends.triton.row_kernels import (
     ADDED,
     G_MEAN,
     G_REST,
+    G_TARGET,
     INVERSE_W,
     LN2,
     LOG2E,
@@ -273,7 +274,8 @@ def weigh_kernel(
             if KIND[1]:
                 zz += added[:, None]
             own = tl.load(label + sample) - start
-            if tl.max(((own >= first_c) & (own < first_c + BLOCK_C)).to(tl.int32), axis=0) > 0:
+            targets = tl.max(((own >= first_c) & (own < first_c + BLOCK_C)).to(tl.int32), axis=0) > 0
+            if targets:
                 zz = tl.where(own[None, :] == row[:, None], -float("inf"), zz)
             rest = tl.load(numbers + REST * line + sample)[None, :]
             if KIND[2]:
@@ -284,7 +286,16 @@ def weigh_kernel(
             if KIND[3]:
                 p += a[:, None] * tl.load(grads + G_MEAN * line + sample)[None, :]
             if by_class is not None:
-                sum_p += tl.sum(p if power is None else p * tl.load(power + sample)[None, :], axis=1)
+                of_b = p if power is None else p * tl.load(power + sample)[None, :]
+                if targets:
+                    # What the target's own samples take away, before it is rounded: over many of them nearly all.
+                    of_own = tl.load(grads + G_TARGET * line + sample)
+                    if power is not None:
+                        of_own *= tl.load(power + sample)
+                    of_b += tl.where(own[None, :] == row[:, None], of_own[None, :], 0.0)
+                    sum_p += tl.sum(of_b, axis=1)
+                else:
+                    sum_p += tl.sum(of_b, axis=1)
             if KIND[0]:
                 p *= scale[:, None]
             if HOW[1] == "tf32":

@@ -21,12 +21,13 @@ def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tenso
     saved, slots = forward_pass(inputs, spec, plan)
     n, x = plan.n, inputs.x
     empty = x.new_empty(0, dtype=torch.float32)
+    bias = None if inputs.bias is None else torch.empty(n, dtype=torch.float32, device=x.device)
     asked = (spec.want_rest, True, True, True, inputs.mean_weight is not None)
     out = [torch.empty(n, dtype=torch.float32, device=x.device) if each else empty for each in asked]
     if n:
         call(
             rows_of.numbers_kernel, blocks(plan.line, 8), slots.total, slots.maximum, slots.mean, saved.numbers,
-            tuple(out), n, plan.line, blocks(min(plan.forward_chunk, plan.active), plan.reduce.shape[1]),
+            (*out, bias), n, plan.line, blocks(min(plan.forward_chunk, plan.active), plan.reduce.shape[1]),
             BLOCK_N=8, BLOCK_S=256, num_warps=8,
         )  # fmt: skip
     rest, product, norm_w, norm_x, mean = out
@@ -42,6 +43,7 @@ def forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tenso
         rest=rest,
         target_product=product,
         target_norm=norm_w,
+        target_bias=empty if bias is None else bias,
         embedding_norm=norm_x,
         mean_logit=mean,
         hinge=hinge,
@@ -74,7 +76,8 @@ def hardest_of(
     valid = saved.label[: plan.n] != rows_of.IGNORED.value
     x = torch.where(valid[:, None], inputs.x.float(), 0.0)
     product = (x * rows).sum(dim=1) * factor
-    exact = torch.where((row < 0) | highest.isnan(), highest, product)
+    logit = product if inputs.bias is None or not plan.active else product + inputs.bias.index_select(0, place)
+    exact = torch.where((row < 0) | highest.isnan(), highest, logit)
     position = torch.full((plan.line,), -2, dtype=torch.int32, device=row.device)
     position[: plan.n] = torch.where(valid, row, -2)  # backward must not read an ignored embedding: it may be nan
     products = torch.zeros(plan.line, dtype=torch.float32, device=row.device)
@@ -114,7 +117,14 @@ def backward(
     pass_grad = grads.hinge if inputs.threshold is not None else grads.rest
     if not plan.n:
         pass_grad = None
-    given = (pass_grad, grads.target_product, grads.embedding_norm, grads.target_norm, grads.mean_logit)
+    given = (
+        pass_grad,
+        grads.target_product,
+        grads.embedding_norm,
+        grads.target_norm,
+        grads.mean_logit,
+        grads.target_bias,
+    )
     strided = tuple(None if each is None else (each, each.stride(0)) for each in given)
     if plan.line:
         call(rows_of.gradients_kernel, blocks(plan.line, 128), saved[1], strided, made, plan.n, plan.line, MEAN=False,
@@ -152,6 +162,7 @@ def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, 
         rest=made(n) if spec.want_rest else empty,
         target_product=made(n),
         target_norm=made(n),
+        target_bias=empty if inputs.bias is None else made(n),
         embedding_norm=made(n),
         mean_logit=empty if inputs.mean_weight is None else made(n),
         hinge=made(n) if hinging else empty,

@@ -214,8 +214,8 @@ def mean_of(mean, i, n, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 def numbers_kernel(
     total, maximum, mean, numbers, out, n, line, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """The slots' sums, and what forward knows of a sample, as PyTorch takes them: rest, product, |w_y|, |x|, mean."""
-    rest_out, product, norm_w, norm_x, mean_out = out
+    """The slots' sums, and what forward knows of a sample for PyTorch: rest, product, |w_y|, |x|, mean, b_y."""
+    rest_out, product, norm_w, norm_x, mean_out, bias = out
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i < n
     if total is not None:
@@ -227,6 +227,8 @@ def numbers_kernel(
     tl.store(norm_x + i, tl.load(numbers + NORM_X * line + i, mask=inside), mask=inside)
     if mean is not None:
         tl.store(mean_out + i, mean_of(mean, i, n, slots, BLOCK_N, BLOCK_S), mask=inside)
+    if bias is not None:
+        tl.store(bias + i, tl.load(numbers + BIAS_Y * line + i, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "line", "slots"])
@@ -321,9 +323,9 @@ def upstream_kernel(grads, upstream, out, n, line, stride, LINES: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["n", "line"])
 def gradients_kernel(numbers, given, out, n, line, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """`grads` from autograd's gradients of rest, product, |x|, |w_y| and the mean (with their strides); None: 0."""
+    """`grads` from the gradients of rest, product, |x|, |w_y|, the mean and b_y, with their strides; None: 0."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    for k in tl.static_range(5):
+    for k in tl.static_range(6):
         g = tl.zeros((BLOCK,), tl.float32)
         if given[k] is not None:
             vector, stride = given[k]
@@ -373,6 +375,7 @@ def half_kernel(
     tl.store(g_half + G_REST * line + i, g * once * again)
     if MEAN:
         tl.store(g_half + G_MEAN * line + i, g_mean * once * again)
+    tl.store(g_half + G_TARGET * line + i, tl.load(grads + G_TARGET * line + i) * once * again)
     d = tl.arange(0, BLOCK_D)
     mask = (d < stride) & (i < (n + 15) // 16 * 16)
     v = tl.load(xs + i * stride + d, mask=mask, other=0.0).to(tl.float32)
