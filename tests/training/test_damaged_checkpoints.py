@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
+import json
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -57,6 +60,80 @@ def test_no_flipped_byte_of_the_manifest_changes_what_is_read(tmp_path):
             refused += 1
             assert not state["weight"].any()
     assert refused > len(content) / 2
+
+
+def rewritten(folder, change):
+    """The newest manifest, changed, with the checksums that the files have now."""
+    path = sorted(folder.glob("step_*"))[-1]
+    content = json.loads((path / "manifest.json").read_text())
+    content["files"] = {name: manifest.fingerprint(path / name) for name in content["files"]}
+    change(content["files"])
+    (path / "manifest.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("missing", ["all of them", "__0_0.distcp", ".metadata"])
+def test_a_manifest_that_does_not_list_a_file_is_refused(tmp_path, missing):
+    save(tmp_path, state_of(10, 1), 1)
+    rewritten(tmp_path, lambda files: files.clear() if missing == "all of them" else files.pop(missing))
+    state = state_of(10, 7)
+    with pytest.raises(CheckpointError, match=r"is not one of the files in manifest\.json"):
+        load(tmp_path, state)
+    assert_same(state, state_of(10, 7))
+
+
+def test_a_file_beside_those_of_the_manifest_is_refused(tmp_path):
+    save(tmp_path, state_of(10, 1), 1)
+    (tmp_path / "step_0000000001" / "__1_0.distcp").write_bytes(b"of another run")
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is not one of the files in manifest\.json"):
+        load(tmp_path, state_of(10, 7))
+
+
+class Planted:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path, call=os.mkdir):
+        self.path, self.call = path, call
+
+    def __reduce__(self):
+        return self.call, (str(self.path),)
+
+
+@pytest.mark.parametrize("call", [os.mkdir, builtins.eval, torch.load, pickle.loads, Path.mkdir], ids=str)
+def test_code_in_the_names_of_tensors_does_not_run(tmp_path, call):
+    save(tmp_path, state_of(10, 1), 1)
+    target = tmp_path / "planted"
+    path = tmp_path / "step_0000000001"
+    (path / ".metadata").write_bytes(pickle.dumps(Planted(target, call)))
+    rewritten(tmp_path, lambda files: None)
+    state = state_of(10, 7)
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged, or not to be trusted: it asks for"):
+        load(tmp_path, state)
+    assert not target.exists()
+    assert_same(state, state_of(10, 7))
+
+
+def test_no_name_leads_out_of_what_torch_writes():
+    for module, name in (
+        ("torch.distributed.checkpoint.metadata", "os"),
+        ("torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"),
+        ("torch", "load"), ("torch.serialization", "load"), ("builtins", "getattr"), ("pathlib", "Path"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="asks for"):
+            manifest.NamesOfTensors(io.BytesIO()).find_class(module, name)
+
+
+def of_different_steps(rank, folder):
+    with pytest.raises(CheckpointError, match="all ranks have to save the same step") as raised:
+        save(folder, state_of(10, 4, Shard(10)), 5 + (rank == 1))
+    dist.barrier()
+    return str(raised.value)
+
+
+def test_ranks_that_save_different_steps_are_told_so_and_leave_nothing(pool, tmp_path):
+    told = pool(of_different_steps, tmp_path)
+    assert all("step_0000000006 here and step_0000000005 on rank 0" in words for words in told)
+    assert not list(tmp_path.iterdir())
 
 
 def damaged(rank, folder):

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
 
 from tritonmargin.distributed.agreement import CheckpointError, describe
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 REPLACED = ".replaced.partial"
+METADATA = ".metadata"  # of torch.distributed.checkpoint: a pickle
 READ_BYTES = 1 << 20
+OTHER_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    (filesystem.__name__, "_StorageInfo"),
+}
 
 
 def name_of(step: int) -> str:
@@ -91,6 +104,41 @@ def read_manifest(path: Path, step: int) -> dict[str, dict[str, int]]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged: {describe(error)}") from error
     return files
+
+
+def check_names(path: Path, files: Mapping[str, object]) -> None:
+    """CheckpointError unless the folder has the manifest's files and no others."""
+    there = {name for name in os.listdir(path) if not name.startswith(".nfs")}  # removed, and still open somewhere
+    different = sorted({*there, METADATA} ^ {*files, MANIFEST})
+    if different:
+        name = different[0]
+        where = f"is in {MANIFEST} and not in the folder" if name in files else f"is not one of the files in {MANIFEST}"
+        raise CheckpointError(f"{name} {where}")
+
+
+class NamesOfTensors(pickle.Unpickler):
+    """Unpickles what torch.distributed.checkpoint says about tensors, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name.isidentifier():
+            found = getattr(sys.modules.get(module), name, None)
+            own = module == metadata.__name__ and isinstance(found, type) and found.__module__ == module
+            known = module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath")
+            known |= (module, name) in OTHER_NAMES or (module == "torch" and isinstance(found, torch.dtype))
+            if own or known:
+                return found
+        raise CheckpointError(f"{METADATA} is damaged, or not to be trusted: it asks for {module}.{name}")
+
+
+def check_metadata(path: Path) -> None:
+    """CheckpointError if `.metadata` holds what torch would not have written: torch runs whatever it says."""
+    try:
+        with open(path / METADATA, "rb") as stream:
+            NamesOfTensors(stream).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{METADATA} is damaged: {describe(error)}") from error
 
 
 def problem(file: Path, expected: dict[str, int]) -> str | None:

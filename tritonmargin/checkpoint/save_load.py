@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from tritonmargin.checkpoint.manifest import (
     PARTIAL,
+    check_metadata,
+    check_names,
     clear,
     complete_steps,
     fingerprint,
@@ -94,24 +96,26 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
     """The checkpoint of prepared leaves, on all ranks."""
     unfinished = path.with_name(path.name + PARTIAL)
 
-    def prepare() -> dict[str, str]:
+    def prepare() -> tuple[dict[str, str], str]:
         names = described(prepared.result()) if ranks.rank == 0 else {}
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             clear(path.parent)
             unfinished.mkdir()
-        return names
+        return names, path.name
 
     def compare() -> None:
+        if path.name != name:
+            raise CheckpointError(f"it is {path.name} here and {name} on rank 0: all ranks have to save the same step")
         different = set(names) ^ set(prepared.result())
         if different:
             raise CheckpointError(
                 f"state has {min(different)!r} here or on rank 0 only: names must be the same on all ranks"
             )
-        for name, words in described(prepared.result()).items():
-            if words != names[name]:
+        for leaf, words in described(prepared.result()).items():
+            if words != names[leaf]:
                 raise CheckpointError(
-                    f"{name!r} is {words} here and {names[name]} on rank 0: one of them would be kept. What differs "
+                    f"{leaf!r} is {words} here and {names[leaf]} on rank 0: one of them would be kept. What differs "
                     "between ranks has to be a DTensor, as the state of tm.optim's optimizers is"
                 )
 
@@ -139,7 +143,7 @@ def write(ranks: Ranks, path: Path, prepared: Future[dict[str, Any]], step: int,
             prune(path.parent, step, keep)
 
     try:
-        names = ranks.gather(prepare)[0]
+        names, name = ranks.gather(prepare)[0]
         ranks.together(compare)
         ranks.together(write_leaves)
         files = {name: found for own in ranks.gather(sign) for name, found in own.items()}
@@ -192,7 +196,8 @@ def load(
     """Read a checkpoint into `state`, in place; to be called by all ranks of the group, as many as there are now.
 
     Sizes and checksums of all files, and the names and shapes in `state`, are checked first: if they do not fit, all
-    ranks raise and nothing is changed. Only load checkpoints that you trust: Python values are pickled.
+    ranks raise and nothing is changed. Only load checkpoints that you trust: Python values are pickled, and whoever can
+    write a checksum can write them. What names the tensors, `.metadata`, is read without running code.
 
     Every tensor of the checkpoint needs a tensor in `state` to go to, cast to its dtype and device, and the other way
     round (torch's optimizers have their tensors after their first step); an entry at the top of `state` may be left
@@ -245,10 +250,13 @@ def read(ranks: Ranks, path: Path, state: MutableMapping[str, Any], step: int, r
 
     def check_files() -> None:
         files = read_manifest(path, step)
+        check_names(path, files)
         largest_first = sorted(files, key=lambda name: (-files[name]["size"], name))
         problems = [problem(path / name, files[name]) for name in largest_first[ranks.rank :: ranks.world_size]]
         if any(problems):
             raise CheckpointError(", ".join(filter(None, problems)))
+        if ranks.rank == 0:
+            check_metadata(path)
 
     def check_leaves() -> dict[str, tuple[Any, Any]]:
         places = slots(state)
