@@ -15,6 +15,7 @@ from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.around import Around
 from tritonmargin.distributed.shard import GRADIENT_FOR, Shard
 from tritonmargin.distributed.single import SINGLE
+from tritonmargin.distributed.state import like, own_rows, whole
 from tritonmargin.loss import SETTINGS, compute_loss
 from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim.row_optimizer import RowOptimizer
@@ -64,8 +65,10 @@ class MarginSoftmaxLoss(nn.Module):
             the gradient of the loss.
         on_nonfinite: what to do when the loss is nan or inf, on all ranks alike: "raise" FloatingPointError, or
             "skip": return it such that backward leaves all gradients as they are, of `weight` and of the backbone.
-            Both wait for the device. None: nothing. With FSDP call `backbone.reshard()` after a loss that is not
-            finite: its parameters stay gathered where backward does not come, and a later update is not seen by them.
+            Both wait for the device. None: nothing. Inside DistributedDataParallel its ranks agree in every forward
+            with gradients; inside `fully_shard` it is an error. With FSDP around the backbone call
+            `backbone.reshard()` after a loss that is not finite: its parameters stay gathered where backward does not
+            come, and a later update is not seen by them.
         class_weight: [C], multiplies the loss of the class's samples.
         ignore_index, label_smoothing, reduction, objective: see `tm.margin_cross_entropy`.
         seed: of the class sampling.
@@ -284,7 +287,7 @@ class MarginSoftmaxLoss(nn.Module):
         this is looked at in the optimizer's first step only, or with TRITONMARGIN_DEBUG=1.
 
         Raises:
-            TypeError: not an optimizer of `tm.optim`.
+            TypeError: not an optimizer of `tm.optim`, or `fully_shard` has split the rows.
             ValueError: the optimizer does not have `weight`.
         """
         if optimizer is not None:
@@ -309,20 +312,19 @@ class MarginSoftmaxLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = dict(state_dict)
         for name in ("weight", "bias", "class_weight"):
-            value = given.get(prefix + name)
-            global_size = self.shard is not None or isinstance(value, DTensor)
-            if isinstance(value, Tensor) and global_size and len(value) != self.num_classes:
-                raise ValueError(f"{prefix + name} has {len(value)} classes, this head {self.num_classes} on all ranks")
-            if isinstance(value, DTensor):
-                given[prefix + name] = value.to_local() if self.shard is not None else value.full_tensor()
-            elif self.shard is not None and isinstance(value, Tensor):
-                given[prefix + name] = value[self.shard.start : self.shard.stop]
+            key, value = prefix + name, given.get(prefix + name)
+            if isinstance(value, Tensor) and self.shard is not None:
+                given[key] = own_rows(key, value, self.shard)
+            elif isinstance(value, DTensor):
+                if len(value) != self.num_classes:
+                    raise ValueError(f"{key} has {len(value)} classes, this head {self.num_classes}")
+                given[key] = like(key, value, getattr(self, name))
         # Another sample rate is no other model. The steps are counted on if a later rate asks for a sample.
         if prefix + "sampler" in given:
             self.make_sampler()
         sampler = given.pop(prefix + "sampler", self.sampler)
         if self.sampler is not None:
-            given[prefix + "sampler"] = sampler.full_tensor() if isinstance(sampler, DTensor) else sampler
+            given[prefix + "sampler"] = whole(prefix + "sampler", sampler)
         super()._load_from_state_dict(given, prefix, *args)
         self.mark_rows()
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import Shard as Split
 from tritonmargin.checks import looks_at_values
 from tritonmargin.distributed.agreement import check_agreement, gave_up
 from tritonmargin.distributed.settings import Settings, fingerprint
+from tritonmargin.distributed.state import Notice, watch_optimizers
 
 GRADIENT_FOR = ("ddp", "sum")
 
@@ -80,6 +81,7 @@ class Shard:
     def join(self) -> None:
         """Called by all ranks when they have made a head alike: it gets its number in the group."""
         self.number = heads_of[self.group] = heads_of.get(self.group, 0) + 1
+        watch_optimizers()
 
     def run(self, collective: Callable[..., Any], *tensors: Any, call: int = 0) -> None:
         """A collective of the group; call: the call of the head whose backward it is, 0: it is of the latest forward.
@@ -234,7 +236,10 @@ class Shard:
         shape = torch.Size((self.num_classes, *own.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         mesh = self.mesh(own.device)
-        return DTensor.from_local(own, mesh, [Split(0)], run_check=False, shape=shape, stride=stride)
+        part = DTensor.from_local(own, mesh, [Split(0)], run_check=False, shape=shape, stride=stride)
+        if self.world_size > 1:
+            part.notice = Notice(f"rows {self.start} to {self.stop} of {self.num_classes}")  # type: ignore[attr-defined]
+        return part
 
     def as_replica(self, own: Tensor) -> DTensor:
         """What all ranks hold alike, as the one tensor that it is; shares its memory."""

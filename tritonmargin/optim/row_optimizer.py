@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.checks import looks_at_values
+from tritonmargin.distributed.state import first_row, like, local, own_rows, rows_like
 from tritonmargin.optim.update_rules import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")
@@ -89,6 +90,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def apply(self, weight: Tensor, grad: Tensor) -> None:
         """One update of `weight` by its gradient."""
         update = self.begin(weight)
+        weight, grad = local(weight), local(grad)
         ids = None
         if grad.is_sparse:
             ids, grad = rows_of(grad)
@@ -110,17 +112,17 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def begin(self, weight: Tensor) -> RowUpdate:
         """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`."""
-        group = self.group_of(weight)
+        group, rows = self.group_of(weight), local(weight.detach())
         rule, numbers, _ = self.rule(group)
         state = self.state_of(weight)
         step = int(state["step"])
         state["step"] += 1
         return RowUpdate(
             rule=rule,
-            weight=matrix(weight.detach()),
+            weight=matrix(rows),
             numbers=numbers,
-            state=tuple(matrix(state[name]) for name in self.state_names if name in state),
-            steps=state.get("row_steps"),
+            state=tuple(matrix(local(state[name])) for name in self.state_names if name in state),
+            steps=local(state["row_steps"]) if "row_steps" in state else None,
             seed=self.seed_of(weight, step) if group["stochastic_rounding"] else None,
             unsampled=group["unsampled"],
         )
@@ -128,8 +130,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def seed_of(self, weight: Tensor, step: int) -> int:
         """Another one for every step, parameter and shard."""
         place = next(i for i, other in enumerate(self.parameters()) if other is weight)
-        shard = getattr(weight, "shard", None)
-        return mixed(self.group_of(weight)["seed"], step, place, 0 if shard is None else shard.start)
+        return mixed(self.group_of(weight)["seed"], step, place, first_row(weight))
 
     @torch.no_grad()
     def state_of(self, weight: Tensor) -> dict[str, Any]:
@@ -143,7 +144,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(weight, dtype=group["state_dtype"] or accumulate(weight.dtype))
         if rule == "adamw" and "row_steps" not in state:
-            state["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+            state["row_steps"] = rows_like(weight, torch.int32)
         return state
 
     def finish(self, update: RowUpdate, ids: Tensor | None) -> None:
@@ -409,16 +410,11 @@ def matrix(tensor: Tensor) -> Tensor:
 
 def loaded_like(own: Tensor, value: Tensor, weight: Tensor, name: str) -> Tensor:
     """A copy of a state dict's tensor where the optimizer has its own; a shard's rows of one of all classes."""
-    shard = getattr(weight, "shard", None)
-    if isinstance(value, DTensor):
-        every = own.shape if shard is None or not own.ndim else (shard.num_classes, *own.shape[1:])
-        if value.shape != every:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(every)}")
-        value = value.to_local() if shard is not None else value.full_tensor()
-    if shard is not None and value.shape[:1] == (shard.num_classes,):
-        value = value[shard.start : shard.stop]
-    if value.shape != own.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
+    shard = getattr(weight, "shard", None) if own.ndim else None
+    every = own.shape if shard is None else (shard.num_classes, *own.shape[1:])
+    if value.shape != every:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(every)}")
+    value = like(name, value, own) if shard is None else own_rows(name, value, shard)
     return value.to(own.device, copy=True)
 
 
