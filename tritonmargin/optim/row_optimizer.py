@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,16 +108,25 @@ class RowOptimizer(torch.optim.Optimizer):
             update_rows(
                 update, rows if ids is None else ids[rows], part.reshape(len(part), -1) if weight.ndim == 1 else part
             )
-        self.finish(update, ids)
+        self.finish(weight, update, ids)
 
     def begin(self, weight: Tensor) -> RowUpdate:
-        """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`."""
+        """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`.
+
+        Raises:
+            RuntimeError: the last one stopped after it had moved some rows and before it had moved all.
+        """
+        started = self.started.get(weight)
+        if started is not None and started.touched:
+            raise RuntimeError(
+                "tritonmargin: the last update of this weight stopped in the middle (out of memory, Ctrl-C, an error): "
+                "some rows have moved and some have not. Load the last checkpoint, weight and optimizer"
+            )
         group, rows = self.group_of(weight), local(weight.detach())
         rule, numbers, _ = self.rule(group)
         state = self.state_of(weight)
         step = int(state["step"])
-        state["step"] += 1
-        return RowUpdate(
+        self.started[weight] = update = RowUpdate(
             rule=rule,
             weight=matrix(rows),
             numbers=numbers,
@@ -126,31 +135,52 @@ class RowOptimizer(torch.optim.Optimizer):
             seed=self.seed_of(weight, step) if group["stochastic_rounding"] else None,
             unsampled=group["unsampled"],
         )
+        return update
+
+    @property
+    def started(self) -> dict[Tensor, RowUpdate]:
+        """Updates that are not finished. Not part of the state: a loaded one is that of a finished step."""
+        found: dict[Tensor, RowUpdate] = self.__dict__.setdefault("_started", {})
+        return found
 
     def seed_of(self, weight: Tensor, step: int) -> int:
         """Another one for every step, parameter and shard."""
         place = next(i for i, other in enumerate(self.parameters()) if other is weight)
         return mixed(self.group_of(weight)["seed"], step, place, first_row(weight))
 
-    @torch.no_grad()
     def state_of(self, weight: Tensor) -> dict[str, Any]:
         """The state of one parameter, zeros before its first step."""
         state: dict[str, Any] = self.state[weight]
-        group = self.group_of(weight)
-        rule, _, matrices = self.rule(group)
-        if "step" not in state:
-            state["step"] = torch.tensor(0, dtype=torch.int64, device="cpu")
-        for name in self.state_names[:matrices]:
+        for name in self.names_of_state(weight):
             if name not in state:
-                state[name] = torch.zeros_like(weight, dtype=group["state_dtype"] or accumulate(weight.dtype))
-        if rule == "adamw" and "row_steps" not in state:
-            state["row_steps"] = rows_like(weight, torch.int32)
+                state[name] = self.new_state(weight, name)
         return state
 
-    def finish(self, update: RowUpdate, ids: Tensor | None) -> None:
-        """Rows that had no gradient: `ids` are those that had one, None: all."""
-        if ids is None or update.unsampled == "frozen":
-            return
+    def names_of_state(self, weight: Tensor) -> list[str]:
+        rule, _, matrices = self.rule(self.group_of(weight))
+        return ["step", *self.state_names[:matrices], *(["row_steps"] if rule == "adamw" else [])]
+
+    def new_state(self, weight: Tensor, name: str) -> Tensor:
+        if name == "step":
+            return torch.tensor(0, dtype=torch.int64, device="cpu")
+        if name == "row_steps":
+            return rows_like(weight, torch.int32)
+        dtype = self.group_of(weight)["state_dtype"] or accumulate(weight.dtype)
+        return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+
+    def shape_of_state(self, weight: Tensor, name: str) -> Tensor:
+        """A tensor of the shape, on the device: a matrix is the weight."""
+        return self.new_state(weight, name) if name in ("step", "row_steps") else weight.detach()
+
+    def finish(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None:
+        """Rows that had no gradient: `ids` are those that had one, None: all. Only now it is a step."""
+        if ids is not None and update.unsampled != "frozen":
+            self.update_others(update, ids)
+        self.state[weight]["step"] += 1
+        self.started.pop(weight, None)
+
+    def update_others(self, update: RowUpdate, ids: Tensor) -> None:
+        """Those that are not among `ids`, with a gradient of 0."""
         weight = update.weight
         sampled = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
         sampled[ids] = True
@@ -195,20 +225,34 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"the state dict has {len(keys)} parameters and {said}; this optimizer has {len(weights)} parameters"
             )
-        loaded = {}
-        for key, weight in zip(keys, weights, strict=True):
-            state = self.state_of(weight)
-            loaded[weight] = {
-                name: loaded_like(state[name], value, weight, name)
-                for name, value in state_dict["state"].get(key, {}).items()
-                if name in state or wrong_state(name, state)
-            }
-            missing = state.keys() - loaded[weight].keys() if loaded[weight] else ()
-            if missing:
-                raise ValueError(f"the state dict has no {min(missing)!r}: it is another optimizer's")
+        foreign = [self.defaults.keys() - group.keys() for group in state_dict["param_groups"]]
+        if any(foreign):
+            raise ValueError(f"the state dict's groups have no {min(map(str, foreign[0]))!r}: it is another optimizer's")
+        groups, states = self.param_groups, self.state
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for weight, state in loaded.items():
-            self.state[weight].update(state)
+        try:
+            loaded = [
+                self.loaded(state_dict["state"].get(key, {}), weight) for key, weight in zip(keys, weights, strict=True)
+            ]
+        except ValueError:
+            self.param_groups, self.state = groups, states
+            raise
+        self.started.clear()
+        for weight, state in zip(weights, loaded, strict=True):
+            self.state[weight] = state
+
+    def loaded(self, given: dict[str, Any], weight: Tensor) -> dict[str, Any]:
+        """The state that a dict gives a parameter whose group is loaded already; {}: none yet."""
+        own = self.names_of_state(weight)
+        found = {
+            name: loaded_like(self.shape_of_state(weight, name), value, weight, name)
+            for name, value in given.items()
+            if name in own or wrong_state(name, own)
+        }
+        missing = set(own) - found.keys() if found else ()
+        if missing:
+            raise ValueError(f"the state dict has no {min(missing)!r}: it is another optimizer's")
+        return found
 
     def parameters(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
@@ -265,7 +309,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def finish_in_backward(self, weight: Tensor, update: RowUpdate, ids: Tensor | None) -> None:
         """`finish`; leaves in weight.grad what says that there is none."""
-        self.finish(update, ids)
+        self.finish(weight, update, ids)
         # Kernels write without autograd's knowledge: other losses that were computed from these rows must not go back.
         torch.autograd.graph.increment_version(weight)
         nothing = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
@@ -286,109 +330,6 @@ class RowOptimizer(torch.optim.Optimizer):
 def moves_all(update: RowUpdate) -> bool:
     """Whether a row whose gradient is 0 moves: by what the state holds, or by decay."""
     return bool(update.state) or update.numbers[2 if update.rule == "sgd" else 4] != 0.0
-
-
-class RowSGD(RowOptimizer):
-    """`torch.optim.SGD` for gradients of some rows.
-
-        g = dL/dw + weight_decay w;  buffer = momentum buffer + g;  w -= lr buffer
-
-    and w -= lr (g + momentum buffer) with nesterov. State: one matrix like the weight, if momentum is not 0.
-
-    Args:
-        params: matrices [C, D] (vectors count as rows of one number).
-        lr: learning rate.
-        momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        unsampled: what becomes of rows that a sparse gradient does not name. "frozen": nothing, momentum and weight
-            decay wait until the row is sampled again. "decay": what dense training does with a gradient of 0, at the
-            cost of a pass over all rows.
-        state_dtype: of the momentum; default: float32 (float64 for float64 weights).
-        stochastic_rounding: bfloat16 weights and state are rounded up or down by chance, right on average, so that
-            small updates are not lost.
-        seed: of that chance.
-
-    Raises:
-        ValueError: a number out of range, an unknown name.
-    """
-
-    state_names = ("momentum_buffer",)
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        unsampled: str = "frozen",
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, unsampled=unsampled,
-                state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
-            ),
-        )  # fmt: skip
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
-            at_least_zero(name, group[name])
-        if group["nesterov"] and not group["momentum"]:
-            raise ValueError("nesterov needs a momentum > 0")
-
-    def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
-        numbers = (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
-        return "sgd", tuple(map(float, numbers)), int(group["momentum"] != 0)
-
-
-class RowAdamW(RowOptimizer):
-    """`torch.optim.AdamW` for gradients of some rows, each row with its own step count for the bias correction.
-
-    State: two matrices like the weight and an int32 per row.
-
-    Args:
-        params: matrices [C, D] (vectors count as rows of one number).
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-        unsampled, state_dtype, stochastic_rounding, seed: as in `RowSGD`.
-
-    Raises:
-        ValueError: a number out of range, an unknown name.
-    """
-
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        unsampled: str = "frozen",
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, unsampled=unsampled,
-                state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
-            ),
-        )  # fmt: skip
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            at_least_zero(name, group[name])
-        if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"betas must be in [0, 1), got {group['betas']!r}")
-
-    def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
-        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        return "adamw", tuple(map(float, numbers)), 2
 
 
 def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,10 +359,5 @@ def loaded_like(own: Tensor, value: Tensor, weight: Tensor, name: str) -> Tensor
     return value.to(own.device, copy=True)
 
 
-def wrong_state(name: str, known: dict[str, Any]) -> bool:
+def wrong_state(name: str, known: list[str]) -> bool:
     raise ValueError(f"the state dict has {name!r}, expected {', '.join(known)}: it is another optimizer's")
-
-
-def at_least_zero(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
