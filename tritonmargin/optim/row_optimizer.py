@@ -90,7 +90,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def apply(self, weight: Tensor, grad: Tensor) -> None:
         """One update of `weight` by its gradient."""
         update = self.begin(weight)
-        weight, grad = local(weight), local(grad)
+        parameter, weight, grad = weight, local(weight), local(grad)
         ids = None
         if grad.is_sparse:
             ids, grad = rows_of(grad)
@@ -108,7 +108,7 @@ class RowOptimizer(torch.optim.Optimizer):
             update_rows(
                 update, rows if ids is None else ids[rows], part.reshape(len(part), -1) if weight.ndim == 1 else part
             )
-        self.finish(weight, update, ids)
+        self.finish(parameter, update, ids)
 
     def begin(self, weight: Tensor) -> RowUpdate:
         """The update that the next step makes, for whoever has the gradient rows by rows; then call `finish`.
@@ -225,9 +225,8 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"the state dict has {len(keys)} parameters and {said}; this optimizer has {len(weights)} parameters"
             )
-        foreign = [self.defaults.keys() - group.keys() for group in state_dict["param_groups"]]
-        if any(foreign):
-            raise ValueError(f"the state dict's groups have no {min(map(str, foreign[0]))!r}: it is another optimizer's")
+        if any("unsampled" not in group for group in state_dict["param_groups"]):
+            raise ValueError("the state dict's groups have no 'unsampled': it is another optimizer's")
         groups, states = self.param_groups, self.state
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         try:
