@@ -2,6 +2,7 @@
 
 from tritonmargin import checkpoint, optim, reference
 from tritonmargin.backends.registry import use_backend
+from tritonmargin.distributed.clip import clip_grad_norm_
 from tritonmargin.functional import linear_cross_entropy, margin_cross_entropy
 from tritonmargin.margins import (
     Annealing,
@@ -41,6 +42,7 @@ __all__ = [
     "TargetRows",
     "WarmUp",
     "checkpoint",
+    "clip_grad_norm_",
     "linear_cross_entropy",
     "margin_cross_entropy",
     "optim",
