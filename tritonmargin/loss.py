@@ -21,6 +21,7 @@ from tritonmargin.distributed.settings import Settings
 from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
 from tritonmargin.margins import Margin, TargetRows
+from tritonmargin.margins.base import logit_of
 from tritonmargin.objectives import OBJECTIVES, smoothed
 from tritonmargin.rows import own_numbers, scaled_rows, target_numbers
 from tritonmargin.spec import LossInputs, LossOptions, PassInputs, PassOutput, PassSpec, Stats
@@ -78,6 +79,8 @@ def compute_loss(
             loss.register_hook(partial(updater.refuse_scaled, inputs.weight))
         if options.reduction == "none":
             loss = samples.batch.keep_own(loss)
+        if sampler is not None:
+            sampler.advance()  # not if something above raised
     return loss if stats is None else (loss, stats)
 
 
@@ -161,12 +164,15 @@ def by_reference(
     inputs: LossInputs, margin: Margin, options: LossOptions, labels: Labels, sampler: Sampler | None
 ) -> Tensor | tuple[Tensor, Stats]:
     class_ids = inputs.class_ids if sampler is None else sampler.draw(labels.number, inputs.weight.shape[0])
-    return reference.margin_cross_entropy(
+    result = reference.margin_cross_entropy(
         inputs.embeddings, inputs.weight, inputs.target, margin, bias=inputs.bias, class_ids=class_ids,
         class_weight=inputs.class_weight, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing,
         reduction=options.reduction, objective=options.objective, sparse_grad=options.sparse_grad,
         return_stats=options.return_stats, logq_correction=options.logq_correction,
     )  # fmt: skip
+    if sampler is not None:
+        sampler.advance()
+    return result
 
 
 def gathered(
@@ -294,10 +300,10 @@ def rows_for(call: Call, backend: Backend) -> PassRows:
         x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin, call.ranks)
         return PassRows(x, call.active.position, norm, {})
     target = {"ignore_index": labels.ignore_index, "first_class": call.ranks.start}
-    if isinstance(margin.s, Tensor) and margin.unit_embeddings:  # the scale may have a gradient
+    scale = margin.scale_on(embeddings.device) if margin.unit_embeddings else 1.0
+    if isinstance(scale, Tensor):  # it may have a gradient
         x, norm = scaled_rows(zeros_if_ignored(embeddings, labels, call.compute), margin, call.ranks)
         return PassRows(x, labels.target, norm, target)
-    scale = margin.s if margin.unit_embeddings else 1.0
     return PassRows(
         embeddings, labels.target, None, target | {"unit_embeddings": margin.unit_embeddings, "scale": scale}
     )
@@ -351,11 +357,11 @@ def target_logit(
 ) -> tuple[Tensor, Tensor]:
     """t and the logit without the margin, [N] each, bias included."""
     margin = call.margin
-    scale: float | Tensor = margin.s if margin.unit_embeddings else norm
+    scale = margin.scale_on(product.device) if margin.unit_embeddings else norm
     if not margin.unit_weight:
         scale = scale * weight_norm
     rows = TargetRows(product, norm, weight_norm, scale, call.labels.class_number)
-    t = margin.target_logit(rows).to(product.dtype)
+    t = logit_of(margin, rows).to(product.dtype)
     return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
 
 

@@ -21,7 +21,7 @@ from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim.row_optimizer import RowOptimizer
 from tritonmargin.optim.update_rules import mixed
 from tritonmargin.sampling import Sampler
-from tritonmargin.spec import LossInputs, LossOptions, Stats, check_name
+from tritonmargin.spec import LossInputs, LossOptions, Stats, check_flag, check_name
 
 ON_NONFINITE = ("raise", "skip")
 
@@ -116,8 +116,9 @@ class MarginSoftmaxLoss(nn.Module):
             check_head(embedding_dim, num_classes, margin, class_weight, seed, dtype)
             LossOptions(
                 label_smoothing=label_smoothing, reduction=reduction, objective=objective, sub_centers=sub_centers,
-                logq_correction=logq_correction,
+                logq_correction=logq_correction, sparse_grad=sparse_grad,
             )  # fmt: skip
+            check_flag("bias", bias)
             check_choices(sample_rate, process_group, gradient_for, on_nonfinite)
             self.embedding_dim = embedding_dim
             self.num_classes = num_classes
@@ -235,6 +236,7 @@ class MarginSoftmaxLoss(nn.Module):
             sampler = Sampler(self.sample_rate, self.sampler, ranks.start)
         sampled = class_ids is not None or sampler is not None
         try:
+            check_flag("logq_correction", self.logq_correction)
             options = self.options(return_stats, self.logq_correction and sampled)
         except (TypeError, ValueError):
             ranks.announce_error(self.weight, SETTINGS)
@@ -368,10 +370,11 @@ class MarginSoftmaxLoss(nn.Module):
 
 def words_of(margin: Margin) -> str:
     """What ranks compare: the margin as it is printed, its plain attributes, its schedules."""
+    shown = (*margin.number_names, "s", "training")
     plain = {
         name: value
         for name, value in sorted(vars(margin).items())
-        if isinstance(value, int | float | str) and not name.startswith("_") and name not in ("s", "training")
+        if isinstance(value, int | float | str) and not name.startswith("_") and name not in shown
     }
     schedules = dict(sorted(margin._schedules.items()))
     words = f"{margin!r}" + (f" with {plain}" if plain else "") + (f" scheduled {schedules}" if schedules else "")

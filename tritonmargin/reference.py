@@ -30,6 +30,7 @@ from tritonmargin.margins import (
     SphereFaceR,
     TargetRows,
 )
+from tritonmargin.margins.base import logit_of
 from tritonmargin.spec import Stats
 
 
@@ -211,7 +212,7 @@ def users_own(
         scale=everywhere(scale) if isinstance(scale, Tensor) and scale.ndim else scale,
         target=everywhere(y),
     )
-    return margin.target_logit(rows)[kept].to(plain.dtype)
+    return logit_of(margin, rows)[kept].to(plain.dtype)
 
 
 def finite_slope(phi: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:  # [K] -> [K]
@@ -227,6 +228,11 @@ def finite_slope(phi: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:  # [K]
     return torch.where(at_end, end, phi(torch.where(at_end, 0.0, cos)))
 
 
+def number(value: float | Tensor, cos: Tensor) -> Tensor:
+    """A margin's number as a tensor: in float64 like its own, or the learned one."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=cos.device)
+
+
 def cosface(margin: Any, cos: Tensor) -> Tensor:
     return cos - margin.m
 
@@ -235,7 +241,7 @@ def arcface(margin: Any, cos: Tensor) -> Tensor:
     """cos(theta + m) up to theta = pi - m."""
 
     def phi(c: Tensor) -> Tensor:
-        theta, m = torch.acos(c), margin.m
+        theta, m = torch.acos(c), number(margin.m, c)
         beyond = {
             "cos-mm": c - m * torch.sin(m),
             "continuous": c - 1.0 + torch.cos(m),  # cos(pi - m) = -cos m
@@ -253,8 +259,9 @@ def combined(margin: Any, cos: Tensor) -> Tensor:
     """cos(m1 theta + m2) - m3 up to theta0 = (pi - m2)/m1."""
 
     def phi(c: Tensor) -> Tensor:
-        alpha = margin.m1 * torch.acos(c) + margin.m2
-        theta0 = (math.pi - margin.m2) / margin.m1
+        m1, m2, m3 = (number(value, c) for value in (margin.m1, margin.m2, margin.m3))
+        alpha = m1 * torch.acos(c) + m2
+        theta0 = (math.pi - m2) / m1
         beyond = {
             "cos-mm": c - (math.pi - theta0) * torch.sin(theta0),  # sin(pi - theta0) = sin theta0
             "continuous": c - torch.cos(theta0) - 1.0,
@@ -263,7 +270,7 @@ def combined(margin: Any, cos: Tensor) -> Tensor:
             "easy": c,
         }[margin.beyond_pi]
         usual = c > 0 if margin.beyond_pi == "easy" else alpha <= math.pi
-        return torch.where(usual, torch.cos(alpha), beyond) - margin.m3
+        return torch.where(usual, torch.cos(alpha), beyond) - m3
 
     return finite_slope(phi, cos)
 

@@ -27,9 +27,10 @@ def scaled_rows(
         return x, norm
     length = norm.detach()
     length = length.masked_fill(length < 4.0 * torch.finfo(x.dtype).tiny, torch.inf)
-    if isinstance(margin.s, Tensor):  # it may have a gradient
-        return ranks.shared(margin.s) * UnitRows.apply(x, length, 1.0), norm
-    return UnitRows.apply(x, length, margin.s), norm
+    scale = margin.scale_on(x.device)
+    if isinstance(scale, Tensor):  # it may have a gradient
+        return ranks.shared(scale) * UnitRows.apply(x, length, 1.0), norm
+    return UnitRows.apply(x, length, scale), norm
 
 
 class UnitRows(torch.autograd.Function):

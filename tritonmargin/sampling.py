@@ -54,7 +54,7 @@ class Sampler:
 
     Args:
         rate: fraction of the classes that are active, 0 <= rate <= 1. The positives are, whatever it is.
-        state: tensor with the seed and the number of steps; counted up in place.
+        state: tensor with the seed and the number of steps; `advance` counts it up in place.
         first_class: first class of this shard.
     """
 
@@ -64,9 +64,11 @@ class Sampler:
     def draw(self, target: Tensor, num_classes: int) -> Tensor:
         """`sample_classes` for this step; targets outside [0, num_classes) are other shards' or ignored."""
         state, count = self.state.to(target.device), round(self.rate * num_classes)
-        ids = draw(target, state, self.first_class, num_classes, count)
+        return draw(target, state, self.first_class, num_classes, count)
+
+    def advance(self) -> None:
+        """The next draw is the next step's."""
         self.state[1:].add_(1)
-        return ids
 
 
 def draw(target: Tensor, state: Tensor, first_class: int, num_classes: int, num_samples: int) -> Tensor:

@@ -50,6 +50,8 @@ class LossOptions:
         check_smoothing(self.label_smoothing, self.objective)
         if self.sub_centers != 1:
             raise ValueError(f"sub_centers is 1 in this version, got {self.sub_centers!r}")
+        for name in ("sparse_grad", "return_stats", "logq_correction"):
+            check_flag(name, getattr(self, name))
         if self.logq_correction:
             check_correction(self.label_smoothing, self.objective)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
@@ -156,6 +158,11 @@ class InputGrads(NamedTuple):
 def check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_flag(argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
 
 
 def check_smoothing(label_smoothing: float, objective: str) -> None:

@@ -86,8 +86,6 @@ def test_functional_call_gives_loss_and_gradients_of_the_numbers_it_is_given(kin
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.7)
-        for number in other.head.margin.buffers():
-            number.mul_(0.5)
     numbers = {name: each.detach().requires_grad_() for name, each in other.named_parameters()}
     taken = numbers | dict(other.named_buffers())
     with tm.use_backend(backend):
@@ -99,11 +97,12 @@ def test_functional_call_gives_loss_and_gradients_of_the_numbers_it_is_given(kin
 
 @not_ttsem
 def test_several_networks_at_once_by_stacked_parameters() -> None:
+    """A margin's number is stacked too, where it is a parameter."""
     networks, given = [Network(), Network(), Network()], batch()
     with torch.no_grad():
         for place, network in enumerate(networks):
             network.head.weight += 0.1 * place
-            network.head.margin.m = 0.1 * place
+            network.head.margin.m = torch.nn.Parameter(torch.tensor(0.1 * place))
     numbers, buffers = stack_module_state(networks)  # type: ignore[arg-type]
     found = vmap(lambda *state: functional_call(networks[0], state, given))(numbers, buffers)
     found.sum().backward()
@@ -229,7 +228,8 @@ def test_a_sampled_head_in_a_checkpoint_draws_twice(reentrant: bool) -> None:
     second = step(alone[1], alone[1], x, y)
     again = functools.partial(checkpoint, network, use_reentrant=reentrant)
     assert_equal(step(again, network, x.requires_grad_(), y), second | {"loss": first["loss"]})
-    assert network.head.sampler.tolist() == [0, 2]
+    # A checkpoint that is not reentrant ends the second forward as soon as backward has all it needs.
+    assert network.head.sampler.tolist() == [0, 2 if reentrant else 1]
 
 
 @not_ttsem
@@ -302,7 +302,7 @@ AVERAGES = {
 @pytest.mark.parametrize("buffers", [False, True], ids=["parameters", "parameters and buffers"])
 @pytest.mark.parametrize("way", AVERAGES)
 def test_an_exponential_moving_average_of_a_head_is_that_of_its_numbers(way: str, buffers: bool, backend: str) -> None:
-    """And its loss that of a head with these numbers, of all classes in eval mode; its margin's numbers move along."""
+    """And its loss that of a head with these numbers, of all classes in eval mode; its margin's numbers are its own."""
     network, (x, y) = Network(sample_rate=0.3), batch()
     average = AveragedModel(network, use_buffers=buffers, **AVERAGES[way])
     expected: dict[str, Tensor] = {}
@@ -318,11 +318,9 @@ def test_an_exponential_moving_average_of_a_head_is_that_of_its_numbers(way: str
     for name, parameter in average.module.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
     assert average.module.head.weight.sampled
-    # The average's own margin was made before the first step, at 0.4; m is 0.1, 0.11 and 0.139 where buffers move.
-    assert float(average.module.head.margin.m) == pytest.approx(0.139 if buffers else 0.4)
+    assert average.module.head.margin.m == 0.4  # as it was before the first step
     other = Network()
     other.load_state_dict(average.module.state_dict(), strict=False)
-    other.head.margin.m = float(average.module.head.margin.m)
     for module in (average, network):
         module.eval()
     assert_equal(step(average, average.module, x, y, backend=backend), step(other, other, x, y, backend=backend))

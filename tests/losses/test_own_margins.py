@@ -55,14 +55,15 @@ def test_an_override_of_an_angular_margin_is_kept_inside_too() -> None:
 @pytest.mark.parametrize("margin", [ArcFace(0.5, s=1.0), CombinedMargin(1.1, 0.4, 0.1, s=1.0)], ids=repr)
 def test_what_torch_func_and_forward_mode_ask_of_a_slope_that_is_written_out(margin: Margin) -> None:
     """The number's gradient under vmap, a derivative forward, an override that looks like what it overrides."""
-    name = "m" if isinstance(margin, ArcFace) else "m2"
+    learned, name = copy.deepcopy(margin), "m" if isinstance(margin, ArcFace) else "m2"
+    setattr(learned, name, torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
     at = torch.tensor([0.3, -0.9, 0.8], dtype=torch.float64)
     numbers = torch.tensor([0.2, 0.5], dtype=torch.float64)
 
     class Sum(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.margin = margin
+            self.margin = learned
 
         def forward(self, c: Tensor) -> Tensor:
             return self.margin.target_logit(rows(c, NORMFACE)).sum()
@@ -120,5 +121,5 @@ def test_modules_inside_a_margin_move_with_it() -> None:
 
     margin = Learned().bfloat16()
     assert margin.layer.weight.dtype == torch.bfloat16
-    assert margin.m.dtype == torch.float64
-    assert float(margin.m) == 0.35
+    assert margin.m == 0.35
+    assert margin.tensor("m", torch.device("cpu")).dtype == torch.float64

@@ -105,7 +105,9 @@ def test_a_draw_takes_at_most_eight_calls_of_the_device(n: int, monkeypatch: pyt
     monkeypatch.setattr(draw_kernels, "call", lambda kernel, *args, **options: launched.append(kernel))
     state, target = torch.tensor([1, 2], device=DEVICE), torch.arange(n, device=DEVICE) * 7
     with Calls() as calls:
-        Sampler(0.1, state).draw(target, 1000)
+        sampler = Sampler(0.1, state)
+        sampler.draw(target, 1000)
+        sampler.advance()
     assert sorted(calls.names) == ["add_", "draw"]
     launched.clear()
     with Calls() as calls:
@@ -177,7 +179,8 @@ def test_a_draw_in_a_graph_is_another_one_in_every_replay() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ids = sampler.draw(target, 500)
-    for step in range(1, 4):
+        sampler.advance()
+    for step in range(3):
         graph.replay()
         assert torch.equal(ids, draw_by_torch(target, torch.tensor([1, step], device=DEVICE), 0, 500, 100))
 

@@ -269,7 +269,11 @@ def test_a_sampled_step_takes_memory_for_the_sample_alone(options: dict[str, Any
 def test_a_sampler_goes_on_where_it_was_and_differs_between_shards_and_seeds() -> None:
     def draws(seed: int, first_class: int, steps: int, start: int = 0) -> list[list[int]]:
         sampler = Sampler(0.1, torch.tensor([seed, start]), first_class)
-        return [sampler.draw(torch.tensor([3]), 1000).tolist() for _ in range(steps)]
+        found = []
+        for _ in range(steps):
+            found.append(sampler.draw(torch.tensor([3]), 1000).tolist())
+            sampler.advance()
+        return found
 
     whole = draws(0, 0, 6)
     assert len({tuple(each) for each in whole}) == 6

@@ -23,8 +23,8 @@ class Settings(NamedTuple):
     def named(self, look: bool) -> dict[str, object]:
         """By name.
 
-        look: whether values of tensors count, which waits for their device. Otherwise a margin's numbers are what was
-        set on this rank, and numbers that are learned are left out.
+        look: whether values of tensors count, which waits for their device. Otherwise numbers that are learned are left
+        out.
         """
         options = self.options
         return {
@@ -46,12 +46,10 @@ def margin_settings(prefix: str, margin: Margin, look: bool) -> dict[str, object
     for name, value in own.items():
         if isinstance(value, int | float | str) and not name.startswith("_") and name != "training":
             found[f"{prefix}.{name}"] = value
-    tensors: dict[str, Any] = {**own["_buffers"], **own["_parameters"]}
-    numbers: dict[str, object] = own.get("_values", {})
-    if look:
-        numbers = {name: number(each) for name, each in tensors.items() if each is not None and each.ndim == 0}
-    for name, value in numbers.items():
-        found[f"{prefix}.{name}"] = value
+    tensors: dict[str, Any] = {**own["_buffers"], **own["_parameters"]} if look else {}
+    for name, each in tensors.items():
+        if each is not None and each.ndim == 0:
+            found[f"{prefix}.{name}"] = number(each)
     for name, inner in own["_modules"].items():
         if isinstance(inner, Margin):
             found |= margin_settings(f"{prefix}.{name}", inner, look)

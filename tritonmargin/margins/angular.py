@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, TargetRows, held
+from tritonmargin.margins.base import GRADIENT, Margin, TargetRows
 from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, sine, tl, triton
 
 BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
@@ -24,17 +24,17 @@ class CosFace(Margin):
         s: scale, default 64.
     """
 
-    m: Tensor
+    m: float
 
     def __init__(self, m: float = 0.35, s: float = 64.0) -> None:
         super().__init__(s)
         self.number("m", m)
 
     def target_logit(self, rows: TargetRows) -> Tensor:
-        return rows.product - rows.scale * self.m
+        return rows.product - rows.scale * self.tensor("m", rows.product.device)
 
-    def row_formula(self) -> RowFormula:
-        return RowFormula(cosface_formula, held(self, "m"))
+    def row_formula(self, device: torch.device) -> RowFormula:
+        return RowFormula(cosface_formula, (self.tensor("m", device),))
 
 
 @triton.jit
@@ -75,9 +75,9 @@ class CombinedMargin(Margin):
     """
 
     options: ClassVar = {"beyond_pi": BEYOND_PI, "gradient": GRADIENT}
-    m1: Tensor
-    m2: Tensor
-    m3: Tensor
+    m1: float
+    m2: float
+    m3: float
 
     def __init__(
         self,
@@ -104,16 +104,21 @@ class CombinedMargin(Margin):
             raise ValueError(f"m3 must be >= 0, got {value}")
 
     def target_cosine(self, cos: Tensor) -> Tensor:
-        return combined(cos, self.m1, self.m2, self.beyond_pi) - self.m3
+        m1, m2, m3 = self.tensors(cos.device)
+        return combined(cos, m1, m2, self.beyond_pi) - m3
 
     def bounded_cosine(self, cos: Tensor) -> Tensor:
-        if not written_out(self, CombinedMargin, cos, self.m1, self.m2):
+        m1, m2, m3 = self.tensors(cos.device)
+        if not written_out(self, CombinedMargin, cos, m1, m2):
             return super().bounded_cosine(cos)
-        found: Tensor = AngularCosine.apply(cos, self.m1, self.m2, self.beyond_pi)
-        return found - self.m3
+        found: Tensor = AngularCosine.apply(cos, m1, m2, self.beyond_pi)
+        return found - m3
 
-    def row_formula(self) -> RowFormula:
-        return RowFormula(combined_formula, held(self, "m1", "m2", "m3"), (self.gradient, self.beyond_pi))
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tensor("m1", device), self.tensor("m2", device), self.tensor("m3", device)
+
+    def row_formula(self, device: torch.device) -> RowFormula:
+        return RowFormula(combined_formula, self.tensors(device), (self.gradient, self.beyond_pi))
 
 
 class ArcFace(Margin):
@@ -133,7 +138,7 @@ class ArcFace(Margin):
     """
 
     options: ClassVar = {"beyond_pi": BEYOND_PI, "gradient": GRADIENT}
-    m: Tensor
+    m: float
 
     def __init__(self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact") -> None:
         super().__init__(s)
@@ -143,20 +148,21 @@ class ArcFace(Margin):
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
-        if not 0 <= value <= math.pi:
+        if name == "m" and not 0 <= value <= math.pi:
             raise ValueError(f"m is an angle in radians, 0 <= m <= pi, got {value}; degrees are not converted")
 
     def target_cosine(self, cos: Tensor) -> Tensor:
-        return combined(cos, None, self.m, self.beyond_pi)
+        return combined(cos, None, self.tensor("m", cos.device), self.beyond_pi)
 
     def bounded_cosine(self, cos: Tensor) -> Tensor:
-        if not written_out(self, ArcFace, cos, self.m):
+        m = self.tensor("m", cos.device)
+        if not written_out(self, ArcFace, cos, m):
             return super().bounded_cosine(cos)
-        found: Tensor = AngularCosine.apply(cos, None, self.m, self.beyond_pi)
+        found: Tensor = AngularCosine.apply(cos, None, m, self.beyond_pi)
         return found
 
-    def row_formula(self) -> RowFormula:
-        return RowFormula(arcface_formula, held(self, "m"), (self.gradient, self.beyond_pi))
+    def row_formula(self, device: torch.device) -> RowFormula:
+        return RowFormula(arcface_formula, (self.tensor("m", device),), (self.gradient, self.beyond_pi))
 
 
 def written_out(margin: Margin, kind: type[Margin], cos: Tensor, *numbers: Tensor) -> bool:

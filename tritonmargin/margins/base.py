@@ -6,15 +6,16 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tritonmargin.margins.in_kernel import TRITON, RowFormula
+from tritonmargin.margins.numbers import Numbers, as_float
 
 GRADIENT = ("exact", "straight-through")
+FLAGS = ("unit_embeddings", "unit_weight")
 METHODS = ("target_logit", "bounded_cosine", "target_cosine")  # each of them can say what a margin is
 
 
@@ -57,7 +58,7 @@ def straight_through(value: Tensor, cos: Tensor) -> Tensor:
     return value.detach() + (cos - cos.detach())
 
 
-class Margin(nn.Module):
+class Margin(Numbers):
     """A margin: how a sample's own logit is lowered (or left alone) before the cross-entropy.
 
     With x' = s x/|x| if `unit_embeddings` else x, and w'_j = w_j/|w_j| if `unit_weight` else w_j, the logits are
@@ -72,23 +73,24 @@ class Margin(nn.Module):
     or `target_logit`, when it needs norms, labels or a state. Angles are in radians.
 
     Args:
-        s: the scale of normalised embeddings, > 0. A Python number, because it bounds the logits and the class
-           pass chooses its path by that bound without asking a device.
+        s: the scale of normalised embeddings, a finite number > 0.
 
     Raises:
-        ValueError: s is not a positive finite number.
+        ValueError: s is not a positive finite number; also when it, or another number, is set later.
     """
 
     unit_embeddings: bool = True
     unit_weight: bool = True
     gradient: str = "exact"  # or "straight-through": d t / d cos = scale, whatever the formula's slope
     options: ClassVar[dict[str, tuple[str, ...]]] = {}  # named choices and what they may be; shown by repr
+    s: float
 
     def __init__(self, s: float = 64.0) -> None:
         super().__init__()
-        self.s = positive("s", s)
+        for name in ("gradient", *FLAGS):
+            self.check_choice(name, getattr(self, name))
         self._schedules: dict[str, Callable[[int], float]] = {}
-        self._values: dict[str, float] = {}  # of the numbers, for when a buffer has none: on the meta device
+        self.number("s", s)
 
     def target_cosine(self, cos: Tensor) -> Tensor:  # [N] -> [N]
         """phi(cos): the cosine that the sample's own class is given instead of its true one."""
@@ -97,20 +99,19 @@ class Margin(nn.Module):
     def target_logit(self, rows: TargetRows) -> Tensor:  # [N]
         """t_i, the target's logit after the margin: scale * phi(cos)."""
         cos = rows.cos
-        phi = self.bounded_cosine(cos)
+        phi = one_each(self, "bounded_cosine", self.bounded_cosine(cos), cos)
         return rows.scale * (straight_through(phi, cos) if self.gradient == "straight-through" else phi)
 
     def bounded_cosine(self, cos: Tensor) -> Tensor:
         """`target_cosine` with a slope that stays finite at cos = +-1."""
-        return inside(self.target_cosine, cos)
+        return inside(lambda near: one_each(self, "target_cosine", self.target_cosine(near), near), cos)
 
-    def row_formula(self) -> RowFormula:
+    def row_formula(self, device: torch.device) -> RowFormula:
         """What `formula` gives where it can. A class that has one computes there what its methods compute."""
         raise NotImplementedError(f"{type(self).__name__} has no formula for kernels")
 
-    @property
-    def formula(self) -> RowFormula | None:
-        """This margin as a function that kernels call; None where only the methods above say what it is.
+    def formula(self, device: torch.device) -> RowFormula | None:
+        """This margin as a function that kernels on `device` call; None where only the methods say what it is.
 
         None too while torch.compile traces: it makes few kernels of the methods by itself.
         """
@@ -126,67 +127,67 @@ class Margin(nn.Module):
         # A kernel gives the slope in cos and no other, and neither torch.func nor forward mode sees it.
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             return None
-        formula = self.row_formula()
+        formula = self.row_formula(device)
         for number in formula.numbers:
-            if number is None or number.requires_grad or number.ndim:
+            if number.requires_grad or number.ndim or number.device != device:
                 return None
         return formula
 
+    def scale_on(self, device: torch.device) -> float | Tensor:
+        """s as a loss takes it: a tensor where it is learned, and under torch.compile; else the number itself."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self.tensor("s", device)
+        return self.s
+
     @property
     def logit_bound(self) -> float:
-        """A number that |x'_i . w'_j| never exceeds; inf when nothing is known."""
-        fixed = isinstance(self.s, float) and self.unit_embeddings and self.unit_weight
-        return self.s if fixed else math.inf
+        """A number that |x'_i . w'_j| never exceeds; inf when nothing is known.
 
-    # -- numbers that change from step to step -------------------------------------------------------------------
-
-    def number(self, name: str, value: float) -> None:
-        """Register a margin number as a 0-dim float64 buffer: it changes at run time without a recompilation.
-
-        It is not part of the state dict: a checkpoint loaded into another margin must not change that margin.
+        Under torch.compile a power of two, at least 64: not every change of s is a reason to compile again.
         """
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{type(self).__name__}: {name} must be a number, got {value!r}")
-        self.check_number(name, float(value))
-        self._values[name] = float(value)
-        self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64), persistent=False)
+        if self._held["s"] is None or not (self.unit_embeddings and self.unit_weight):
+            return math.inf
+        return 2.0**self._bound_exponent if torch.compiler.is_compiling() else self.s
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in self.options:
-            one_of(name, value, self.options[name])
-        if isinstance(value, Real) and name in self.__dict__.get("_buffers", {}):
-            self.check_number(name, float(value))
-            if name in self._values:
-                self._values[name] = float(value)
-            self._buffers[name].fill_(float(value))  # type: ignore[union-attr]
-        elif name == "s" and not isinstance(value, Tensor):
-            super().__setattr__(name, positive("s", value))  # type: ignore[arg-type]
-        else:
-            super().__setattr__(name, value)  # type: ignore[arg-type]
+    # -- numbers and choices -------------------------------------------------------------------------------------
 
-    def check_number(self, name: str, value: float) -> None:
-        """Raise ValueError if `value` cannot be the margin number `name`."""
-        if not math.isfinite(value):
-            raise ValueError(f"{type(self).__name__}: {name} must be a finite number, got {value}")
+    def _checked(self, name: str, value: object) -> float:
+        return positive("s", value) if name == "s" else super()._checked(name, value)
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # `.half()` must not round m = 0.35, nor `.to_empty()` forget it: numbers follow the device and nothing else.
-        numbers = {name: self.get_buffer(name) for name in self._values}
-        super()._apply(fn, recurse)
-        for name, exact in numbers.items():
-            device = self.get_buffer(name).device
-            precise = torch.float32 if device.type == "mps" else exact.dtype
-            if exact.is_meta:
-                exact = torch.tensor(self._values[name], dtype=exact.dtype, device="cpu")
-            self._buffers[name] = exact.to(device=device, dtype=precise)
-        return self
+    def _fill(self, name: str, value: float) -> None:
+        super()._fill(name, value)
+        if name == "s":
+            self._bound_exponent = min(max(6, math.ceil(math.log2(self.s))), 1023)  # s <= 2^this
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.check_choice(name, value)
+        super().__setattr__(name, value)
+
+    def check_choice(self, name: str, value: object) -> None:
+        """ValueError or TypeError if `name` is a choice or a flag, and `value` none of its values."""
+        if name in self.options or name == "gradient":
+            one_of(name, value, self.options.get(name, GRADIENT))
+        elif name in FLAGS and not isinstance(value, bool):
+            raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
+
+    @property
+    def number_names(self) -> list[str]:
+        """Of the numbers, as `repr` shows them."""
+        return [name for name in self._held if name != "s"] + ["s"] * self.unit_embeddings
 
     def with_schedule(self, **schedules: Callable[[int], float]) -> Margin:
-        """Attach functions of the step number, e.g. `m=tm.WarmUp(0.0, 0.5, steps=2000)`; returns the margin."""
-        for name in schedules:
-            if name not in self._buffers:
-                known = ", ".join(self._buffers) or "none"
+        """Attach functions of the step number, e.g. `m=tm.WarmUp(0.0, 0.5, steps=2000)`; returns the margin.
+
+        Raises:
+            ValueError: the margin has no such number.
+            TypeError: a schedule that cannot be called.
+        """
+        for name, function in schedules.items():
+            if name not in self.number_names:
+                known = ", ".join(self.number_names) or "none"
                 raise ValueError(f"{type(self).__name__} has no number {name!r} to schedule; it has: {known}")
+            if not callable(function):
+                raise TypeError(f"{type(self).__name__}: the schedule of {name} must be callable, got {function!r}")
         self._schedules.update(schedules)
         return self
 
@@ -195,18 +196,40 @@ class Margin(nn.Module):
 
         Call it between steps. Where PyTorch computes the margin, a number that changes between forward and backward
         makes autograd raise; where kernels do, backward is that of the old number.
+
+        Raises:
+            TypeError, ValueError: step is not a number, or a schedule's value cannot be set; then none is.
         """
-        for name, function in self._schedules.items():
-            setattr(self, name, float(function(step)))
+        if as_float(step) is None:
+            raise TypeError(f"step must be a number, got {step!r}")
+        values = {name: self._settable(name, function(step)) for name, function in self._schedules.items()}
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def extra_repr(self) -> str:
-        buffers = {name: self.get_buffer(name) for name in self._values}
-        numbers = [
-            f"{name}={self._values[name] if buffer.is_meta else float(buffer):g}" for name, buffer in buffers.items()
-        ]
-        scale = [f"s={self.s:g}"] if self.unit_embeddings and not isinstance(self.s, Tensor) else []
-        choices = [f"{name}={getattr(self, name)!r}" for name in self.options]
-        return ", ".join(numbers + scale + choices)
+        numbers = [(name, getattr(self, name)) for name in self.number_names]
+        shown = [f"{name}=learned" if isinstance(value, Tensor) else f"{name}={value:g}" for name, value in numbers]
+        return ", ".join([*shown, *(f"{name}={getattr(self, name)!r}" for name in self.options)])
+
+
+def logit_of(margin: Margin, rows: TargetRows) -> Tensor:
+    """`margin.target_logit(rows)`, or an error that names the margin if it is no [N] tensor of real numbers."""
+    return one_each(margin, "target_logit", margin.target_logit(rows), rows.product)
+
+
+def one_each(margin: Margin, method: str, found: object, given: Tensor) -> Tensor:
+    """`found`, if it is one floating-point number for each of `given`."""
+    if isinstance(found, Tensor) and found.is_floating_point() and found.shape == given.shape:
+        return found
+    name = f"{type(margin).__name__}.{method}"
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name} must return a tensor of shape [N], got {type(found).__name__}")
+    if not found.is_floating_point():
+        raise TypeError(f"{name} must return a floating-point tensor, got {found.dtype} of shape {list(found.shape)}")
+    raise ValueError(
+        f"{name} must return one number a sample, shape [N] = {list(given.shape)}, got shape {list(found.shape)} of "
+        f"{found.dtype}"
+    )
 
 
 @functools.cache
@@ -215,16 +238,12 @@ def kind_of(margin: type[Margin]) -> type[Margin]:
     return next(kind for kind in margin.__mro__ if "row_formula" in kind.__dict__)
 
 
-def held(margin: Margin, *names: str) -> tuple[Tensor, ...]:
-    """A margin's numbers. From its dictionary: attributes of a module take microseconds each."""
-    return tuple([margin._buffers.get(name) for name in names])  # type: ignore[misc]
-
-
 def positive(name: str, value: object) -> float:
     """`value` as a float, or ValueError unless it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+    found = as_float(value)
+    if found is None or not math.isfinite(found) or found <= 0:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    return float(value)
+    return found
 
 
 def one_of(name: str, value: object, known: tuple[str, ...]) -> None:

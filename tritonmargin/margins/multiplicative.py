@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, held
+from tritonmargin.margins.base import GRADIENT, Margin
 from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, odd, sine, tl, triton
+from tritonmargin.margins.numbers import as_float, is_differentiated
 
 
 class LSoftmax(Margin):
@@ -34,25 +34,32 @@ class LSoftmax(Margin):
     unit_embeddings = False
     unit_weight = False
     m: int
-    lam: Tensor
+    lam: float
 
     def __init__(self, m: int = 4, lam: float = 0.0) -> None:
         super().__init__()
-        if isinstance(m, bool) or not isinstance(m, Real) or not math.isfinite(m) or int(m) != m or m < 1:
-            raise ValueError(f"{type(self).__name__}: m must be an integer >= 1, got {m!r}")
-        self.m = int(m)
+        self.m = m
         self.number("lam", lam)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "m":  # decides which operations there are: no number that may follow a schedule
+            whole = None if isinstance(value, Tensor) and is_differentiated(value) else as_float(value)
+            if whole is None or not whole.is_integer() or whole < 1:
+                raise ValueError(f"{type(self).__name__}: m must be an integer >= 1, got {value!r}")
+            value = int(whole)
+        super().__setattr__(name, value)
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
-        if value < 0:
+        if name == "lam" and value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
 
     def target_cosine(self, cos: Tensor) -> Tensor:
-        return (self.lam * cos + psi_integer(cos, self.m)) / (1.0 + self.lam)
+        lam = self.tensor("lam", cos.device)
+        return (lam * cos + psi_integer(cos, self.m)) / (1.0 + lam)
 
-    def row_formula(self) -> RowFormula:
-        return RowFormula(annealed_formula, held(self, "lam"), (self.gradient, self.m))
+    def row_formula(self, device: torch.device) -> RowFormula:
+        return RowFormula(annealed_formula, (self.tensor("lam", device),), (self.gradient, self.m))
 
     def extra_repr(self) -> str:
         return f"m={self.m}, {super().extra_repr()}"
@@ -94,7 +101,7 @@ class SphereFaceR(Margin):
     """
 
     options: ClassVar = {"gradient": GRADIENT}
-    m: Tensor
+    m: float
 
     def __init__(self, m: float = 1.7, s: float = 64.0, gradient: str = "exact") -> None:
         super().__init__(s)
@@ -103,16 +110,16 @@ class SphereFaceR(Margin):
 
     def check_number(self, name: str, value: float) -> None:
         super().check_number(name, value)
-        if value < 1:
+        if name == "m" and value < 1:
             raise ValueError(f"SphereFaceR: m must be >= 1, got {value}")
 
     def target_cosine(self, cos: Tensor) -> Tensor:
-        theta = torch.acos(cos)
-        k = piece(theta, self.m)
-        return (1.0 - 2.0 * (k % 2)) * torch.cos(self.m * theta) - 2.0 * k
+        theta, m = torch.acos(cos), self.tensor("m", cos.device)
+        k = piece(theta, m)
+        return (1.0 - 2.0 * (k % 2)) * torch.cos(m * theta) - 2.0 * k
 
-    def row_formula(self) -> RowFormula:
-        return RowFormula(sphereface_r_formula, held(self, "m"), (self.gradient,))
+    def row_formula(self, device: torch.device) -> RowFormula:
+        return RowFormula(sphereface_r_formula, (self.tensor("m", device),), (self.gradient,))
 
 
 def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tritonmargin.margins.base import Margin, TargetRows
@@ -23,7 +24,7 @@ class Softmax(Margin):
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
 
-    def row_formula(self) -> RowFormula:
+    def row_formula(self, device: torch.device) -> RowFormula:
         return RowFormula()
 
 
@@ -42,7 +43,7 @@ class L2Softmax(Margin):
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
 
-    def row_formula(self) -> RowFormula:
+    def row_formula(self, device: torch.device) -> RowFormula:
         return RowFormula()
 
 
@@ -59,5 +60,5 @@ class NormFace(Margin):
     def target_logit(self, rows: TargetRows) -> Tensor:
         return rows.product
 
-    def row_formula(self) -> RowFormula:
+    def row_formula(self, device: torch.device) -> RowFormula:
         return RowFormula()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from numbers import Real
 
 
 @dataclass(frozen=True)
@@ -11,6 +13,9 @@ class WarmUp:
 
     The usual warm-up of a margin (0 -> m): large angular margins from the first step can keep a fresh network from
     converging at all.
+
+    Raises:
+        TypeError, ValueError: start, stop or steps is not a finite number, or steps < 0.
     """
 
     start: float
@@ -18,6 +23,7 @@ class WarmUp:
     steps: int
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.steps < 0:
             raise ValueError(f"steps must be >= 0, got {self.steps}")
 
@@ -33,6 +39,9 @@ class Annealing:
 
     Published settings: SphereFace base 1000, gamma 0.12, power 1, minimum 5 (the defaults here);
     L-Softmax base 1000, gamma 2.5e-5, power 35, minimum 0.
+
+    Raises:
+        TypeError, ValueError: one of the four is not a finite number >= 0.
     """
 
     base: float = 1000.0
@@ -41,8 +50,18 @@ class Annealing:
     minimum: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.gamma < 0 or self.base < 0 or self.minimum < 0:
-            raise ValueError(f"base, gamma and minimum must be >= 0, got {self}")
+        check_finite(self)
+        if min(self.base, self.gamma, self.power, self.minimum) < 0:
+            raise ValueError(f"base, gamma, power and minimum must be >= 0, got {self}")
 
     def __call__(self, step: int) -> float:
         return max(self.minimum, self.base * (1.0 + self.gamma * max(step, 0)) ** (-self.power))
+
+
+def check_finite(schedule: WarmUp | Annealing) -> None:
+    for field in fields(schedule):
+        name, value = f"{type(schedule).__name__}: {field.name}", getattr(schedule, field.name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")

@@ -54,11 +54,9 @@ class TritonBackend:
         compute: torch.dtype,
         updater: RowOptimizer | None = None,
     ) -> Tensor | None:
-        formula = margin.formula
+        formula = margin.formula(inputs.weight.device)
         if formula is None or options.logq_correction:
             return None
-        if any(number.device != inputs.weight.device for number in formula.numbers):
-            return None  # a kernel cannot read them
         embeddings, weight, target, bias, class_ids, class_weight = inputs
         active = weight.shape[0] if class_ids is None else class_ids.shape[0]
         needs_grad = torch.is_grad_enabled() and (
