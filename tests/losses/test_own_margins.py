@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from math import cos, sin
 

@@ -200,8 +200,9 @@ class Margin(Numbers):
         Raises:
             TypeError, ValueError: step is not a number, or a schedule's value cannot be set; then none is.
         """
-        if as_float(step) is None:
-            raise TypeError(f"step must be a number, got {step!r}")
+        number = as_float(step)
+        if number is None or not math.isfinite(number):
+            raise TypeError(f"step must be a finite number, got {step!r}")
         values = {name: self._settable(name, function(step)) for name, function in self._schedules.items()}
         for name, value in values.items():
             setattr(self, name, value)
