@@ -19,9 +19,9 @@ C = 2
 
 def given(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x, w, b = (torch.randn(*shape, generator=generator) for shape in ((N, 16), (C, 16), (C,)))
+    x, w, b = (torch.randn(*shape, generator=generator, device="cpu") for shape in ((N, 16), (C, 16), (C,)))
     made = {"x": x, "w": w / 4, "b": b / 4}
-    y = torch.randint(C, (N,), generator=generator).to(DEVICE)
+    y = torch.randint(C, (N,), generator=generator, device="cpu").to(DEVICE)
     return {name: each.to(DEVICE, dtype) for name, each in made.items()} | {"y": y}
 
 

@@ -193,9 +193,10 @@ def finish_x(grad_x: Tensor, saved: Saved, grads: PassGrads, dense: Dense | None
 
 
 def exact_sums(p: Tensor, g: Tensor) -> Tensor:  # [K, N], [N] -> [K]
-    """p @ g in float64, a part at a time."""
+    """p @ g in float64, a part at a time: it has twice the bytes of p's at least."""
     found = p.new_zeros(len(p), dtype=torch.float64)
-    for part, of in zip(p.split(1024, dim=1), g.split(1024), strict=True):
+    size = max(64, len(g) // 16)
+    for part, of in zip(p.split(size, dim=1), g.split(size), strict=True):
         found += part.double() @ of.double()
     return found
 
@@ -210,9 +211,11 @@ def finish_bias(sums: Tensor, inputs: PassInputs, saved: Saved, grads: PassGrads
         if g is not None and len(sums):
             sums.index_put_((chunks.class_at(row),), torch.where(row >= 0, g, 0.0).double(), accumulate=True)
     if grads.mean_logit is not None and inputs.mean_weight is not None:
-        a = inputs.mean_weight.double() * grads.mean_logit.sum(dtype=torch.float64)
-        where = chunks.where(0, chunks.classes)
-        sums[where] += a[where]
+        g = grads.mean_logit.sum(dtype=torch.float64)
+        if inputs.class_ids is None:
+            sums.addcmul_(inputs.mean_weight, g)
+        else:
+            sums.index_add_(0, inputs.class_ids, inputs.mean_weight.index_select(0, inputs.class_ids).double() * g)
     assert inputs.bias is not None
     return sums.to(inputs.bias.dtype)
 
