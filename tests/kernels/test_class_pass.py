@@ -138,6 +138,22 @@ def test_no_sample(numbers: str) -> None:
     assert not back.weight.any()
 
 
+@numbers_of_all_kinds
+def test_rows_that_carry_the_scale_need_no_running_maximum(numbers: str) -> None:
+    """A compiled step normalises in PyTorch, and knows a bound of the logits all the same."""
+    dtype, precision, error = NUMBERS[numbers]
+    x = 8.0 * torch.nn.functional.normalize(random(20, 16, seed=1))  # float32, as the step makes it
+    inputs = PassInputs(x, random(140, 16, seed=2, dtype=dtype), torch.arange(20, device=DEVICE) * 5)
+    spec = plain_spec(unit_embeddings=False, scale=1.0, want_hardest=False, dtype=dtype, precision=precision)
+    out, back = both_ways(inputs, spec)
+    right = exact(inputs, inputs.target, inputs.target >= 0, spec)
+    rest = right.others.logsumexp(dim=1)
+    (rest + right.product).sum().backward()
+    near(out.rest, rest, 8 * error, "rest")
+    near(back.x, right.leaves["x"].grad, 8 * error, "gradient of x")
+    near(back.weight, right.leaves["weight"].grad, 8 * error, "gradient of weight")
+
+
 @pytest.mark.parametrize("bounded", [True, False])
 def test_not_a_number_comes_out_where_it_went_in(bounded: bool) -> None:
     """In the samples that see it, of all numbers."""
