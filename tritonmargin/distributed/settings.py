@@ -11,6 +11,8 @@ from torch import Tensor
 from tritonmargin.margins import Margin
 from tritonmargin.spec import LossOptions
 
+PLAIN = (float, int, bool, str)
+
 
 class Settings(NamedTuple):
     """What decides about one loss."""
@@ -44,7 +46,7 @@ def margin_settings(prefix: str, margin: Margin, look: bool) -> dict[str, object
     own = margin.__dict__
     found: dict[str, object] = {prefix: type(margin).__qualname__}
     for name, value in own.items():
-        if isinstance(value, int | float | str) and not name.startswith("_") and name != "training":
+        if type(value) in PLAIN and name[0] != "_" and name != "training":
             found[f"{prefix}.{name}"] = value
     tensors: dict[str, Any] = {**own["_buffers"], **own["_parameters"]} if look else {}
     for name, each in tensors.items():
@@ -61,7 +63,18 @@ def number(tensor: Tensor) -> object:
     return None if tensor.is_meta else tensor.detach().item()
 
 
-def fingerprint(settings: Mapping[str, object]) -> int:
-    """A number below 2^56 of the settings, the same in every process that has the same."""
-    words = [(name, float(value) if isinstance(value, int | float) else value) for name, value in settings.items()]
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=7).digest(), "big")
+class Fingerprint:
+    """A number below 2^56 of settings, the same in every process that has the same; made when they have changed."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, object] = {}
+        self.number = 0
+
+    def of(self, settings: dict[str, object]) -> int:
+        if settings != self.settings:
+            words = [
+                (name, float(value) if isinstance(value, int | float) else value) for name, value in settings.items()
+            ]
+            self.number = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=7).digest(), "big")
+            self.settings = settings
+        return self.number

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard as Split
 
 from tritonmargin.checks import looks_at_values
 from tritonmargin.distributed.agreement import check_agreement, gave_up
-from tritonmargin.distributed.settings import Settings, fingerprint
+from tritonmargin.distributed.settings import Fingerprint, Settings
 from tritonmargin.distributed.state import Notice, watch_optimizers
 
 GRADIENT_FOR = ("ddp", "sum")
@@ -67,6 +67,7 @@ class Shard:
         self.num_classes = num_classes
         self.number = 0  # which head of the group this is, in the order in which they were made
         self.calls = 0  # of this head and its copies
+        self.fingerprint = Fingerprint()
         self.start, self.stop = shard_range(num_classes, self.rank, self.world_size)
         self.gradient_for = gradient_for
         self._meshes: dict[str, DeviceMesh] = {}
@@ -113,7 +114,7 @@ class Shard:
         self.calls += 1
         alike = {"float64 numbers": x.dtype == torch.float64, "gradients": torch.is_grad_enabled(), **alike}
         named = settings.named(look=looks_at_values(x.device))
-        row = [len(x), x.requires_grad, False, self.number, fingerprint(named), *alike.values()]
+        row = [len(x), x.requires_grad, False, self.number, self.fingerprint.of(named), *alike.values()]
         everyone = self.exchange(row, x.device, outside)
         self.check_alike(everyone, list(alike))
         if any(other[4] != row[4] for other in everyone):
