@@ -99,7 +99,9 @@ class Planted:
         return self.call, (str(self.path),)
 
 
-@pytest.mark.parametrize("call", [os.mkdir, builtins.eval, torch.load, pickle.loads, Path.mkdir], ids=str)
+@pytest.mark.parametrize(
+    "call", [os.mkdir, builtins.eval, torch.load, pickle.loads, Path.mkdir], ids=lambda call: call.__name__
+)
 def test_code_in_the_names_of_tensors_does_not_run(tmp_path, call):
     save(tmp_path, state_of(10, 1), 1)
     target = tmp_path / "planted"
