@@ -124,7 +124,7 @@ def test_formulas_are_what_the_kernels_do() -> None:
     pytest.importorskip("ttsem")
     # A process of its own: ttsem tells torch for good that there is a GPU.
     code = "import json, test_perf_kernels as t; print(json.dumps([[*t.executed(each)] for each in t.COUNTED]))"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/perf'}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     for dtype, found in zip(COUNTED, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert len(found) == 8
