@@ -22,7 +22,7 @@ from tritonmargin.distributed.single import SINGLE, Single
 from tritonmargin.labels import ActiveClasses, Labels
 from tritonmargin.margins import Margin, TargetRows
 from tritonmargin.margins.base import logit_of
-from tritonmargin.objectives import OBJECTIVES, smoothed
+from tritonmargin.objectives import OBJECTIVES, smoothed, with_slope
 from tritonmargin.rows import own_numbers, scaled_rows, target_numbers
 from tritonmargin.spec import LossInputs, LossOptions, PassInputs, PassOutput, PassSpec, Stats
 
@@ -221,6 +221,7 @@ class Numbers(NamedTuple):
 
     t: Tensor  # the target's logit after the margin, bias included
     plain: Tensor  # the same without the margin
+    moved: Tensor | None  # what the margin adds, for label smoothing
     rest: Tensor
     hinge: Tensor
     violations: Tensor
@@ -269,11 +270,13 @@ def from_pass(call: Call, backend: Backend, name: str) -> Numbers:
     product, weight_norm, own_bias, class_factor = ranks.all_sums(
         out.target_product, out.target_norm, None if inputs.bias is None else out.target_bias, class_factor
     )
-    t, plain = target_logit(call, product, weight_norm, norm, own_bias)
+    t = target_logit(call, product, weight_norm, norm)
     hinging = call.others == "hinge"
     return Numbers(
-        t=t,
-        plain=plain,
+        t=with_bias(t, own_bias),
+        plain=with_bias(product, own_bias),
+        # Not t - plain: a bias may be infinite.
+        moved=None if mean_weight is None else t - product,
         rest=ranks.logsumexp(out.rest) if wants_rest(call) else out.rest,
         hinge=ranks.all_sum(out.hinge) if hinging else out.hinge,
         violations=ranks.all_sum(out.violations) if hinging else out.violations,
@@ -349,20 +352,21 @@ def threshold(call: Call, rows: PassRows) -> Tensor:
         bias = call.inputs.bias
         own_bias = None if bias is None else own_numbers(bias, call.labels.own, call.sums)
         product, weight_norm, own_bias = call.ranks.all_sums(product, weight_norm, own_bias)
-        return target_logit(call, product, weight_norm, norm, own_bias)[0]
+        return with_bias(target_logit(call, product, weight_norm, norm), own_bias)
 
 
-def target_logit(
-    call: Call, product: Tensor, weight_norm: Tensor, norm: Tensor, own_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """t and the logit without the margin, [N] each, bias included."""
+def target_logit(call: Call, product: Tensor, weight_norm: Tensor, norm: Tensor) -> Tensor:
+    """t without the bias, [N]."""
     margin = call.margin
     scale = margin.scale_on(product.device) if margin.unit_embeddings else norm
     if not margin.unit_weight:
         scale = scale * weight_norm
     rows = TargetRows(product, norm, weight_norm, scale, call.labels.class_number)
-    t = logit_of(margin, rows).to(product.dtype)
-    return (t, product) if own_bias is None else (t + own_bias, product + own_bias)
+    return logit_of(margin, rows).to(product.dtype)
+
+
+def with_bias(logit: Tensor, bias: Tensor | None) -> Tensor:
+    return logit if bias is None else logit + bias
 
 
 def smoothing_weight(call: Call) -> Tensor:  # [C]
@@ -413,17 +417,16 @@ def reduced(call: Call, numbers: Numbers) -> Tensor:
     options, valid, t = call.options, call.labels.valid, numbers.t
     found = numbers.rest if call.others == "rest" else numbers.hardest
     if call.others == "hinge":
-        # d/dt sum_j relu(z_j - t) = -violations. The value is the class pass's alone.
-        found = numbers.hinge - numbers.violations * (t - t.detach())
+        found = with_slope(numbers.hinge, t, -numbers.violations)  # d/dt sum_j relu(z_j - t) = -violations
     loss = OBJECTIVES[options.objective].loss(t, found)
     if numbers.class_factor is None:
         factor = valid.to(call.sums)
     else:
         factor = torch.where(valid, numbers.class_factor.to(call.sums), 0.0)
         loss = loss * factor
-    if numbers.mean is not None:
+    if numbers.mean is not None and numbers.moved is not None:
         mean = numbers.mean
-        logit = mean.logit + (t - numbers.plain) * mean.own
+        logit = mean.logit + numbers.moved * mean.own
         loss = smoothed(loss, t, numbers.rest, logit, mean.total, options.label_smoothing)
     loss = torch.where(valid, loss, 0.0)
     if options.reduction == "mean":

@@ -7,8 +7,10 @@ cross-entropy:  -log(e^t / (e^t + sum_{j != y} e^{z_j})) = softplus(rest - t).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,12 @@ class Objective:
 
 
 def softmax(t: Tensor, rest: Tensor) -> Tensor:
-    """softplus(rest - t): keeps its relative precision for p_y -> 1, where logsumexp - t cancels, and for p_y -> 0."""
-    return F.softplus(rest - t, threshold=50.0)
+    """softplus(rest - t): keeps its relative precision for p_y -> 1, where logsumexp - t cancels, and for p_y -> 0.
+
+    From the threshold on softplus(v) is v, to the last bit. A higher one would cost the range of the upstream gradient,
+    which torch multiplies by exp(v) before it divides.
+    """
+    return F.softplus(rest - t, threshold=1.0 - math.log(torch.finfo(t.dtype).eps))
 
 
 def excess(t: Tensor, others: Tensor) -> Tensor:
@@ -36,6 +42,29 @@ def excess(t: Tensor, others: Tensor) -> Tensor:
 def hinges(t: Tensor, total: Tensor) -> Tensor:
     """sum_{j != y} relu(z_j - t), which the class pass has summed already."""
     return total
+
+
+class WithSlope(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, t: Tensor, slope: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad, grad * slope, None
+
+
+def with_slope(value: Tensor, t: Tensor, slope: Tensor) -> Tensor:
+    """`value`, whose derivative in t is `slope` [N] too. Not value + slope (t - t.detach()): t may be infinite."""
+    found: Tensor = WithSlope.apply(value, t, slope)
+    return found
 
 
 OBJECTIVES = {

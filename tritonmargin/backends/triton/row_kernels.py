@@ -164,11 +164,21 @@ def classes_kernel(
 
 @triton.jit
 def softplus_of(excess):
-    """log(1 + exp(excess)) and its slope, both to a rounding or two; log1p as Kahan writes it."""
+    """log(1 + exp(excess)), its slope and one minus that, all to a rounding or two; log1p as Kahan writes it."""
     small = tl.exp2(-tl.abs(excess) * LOG2E)
     one = 1.0 + small
     log1p = tl.where(one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1.0)))
-    return tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p, tl.where(excess >= 0.0, 1.0, small) / one
+    loss = tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+    return loss, tl.where(excess >= 0.0, 1.0, small) / one, tl.where(excess >= 0.0, small, 1.0) / one
+
+
+@triton.jit
+def logaddexp(a, b):
+    """log(exp(a) + exp(b)); either may be -inf."""
+    high = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    difference = -tl.abs(a - b)
+    log1p = softplus_of(difference)[0]  # 0 at most, so that it is log1p of its exponential alone
+    return tl.where(high == -float("inf"), high, high + log1p)
 
 
 @triton.jit
@@ -247,6 +257,7 @@ def loss_kernel(
     norm_x = tl.load(numbers + NORM_X * line + i, mask=inside, other=0.0)
     norm_w = tl.load(numbers + NORM_W * line + i, mask=inside, other=0.0)
     t = product
+    moved = tl.zeros((BLOCK_N,), tl.float32)  # what the margin adds
     slope = tl.full((BLOCK_N,), 1.0, tl.float32)
     of_scale = tl.zeros((BLOCK_N,), tl.float32)  # dt/dscale
     if FORMULA is not None:
@@ -256,14 +267,12 @@ def loss_kernel(
         cos = product / tl.where(full > 0.0, full, 1.0)
         phi, slope = FORMULA(cos, margin_numbers, MARGIN)
         t = full * phi
+        moved = t - product
         of_scale = phi - cos * slope
         slope = tl.where(full > 0.0, slope, 0.0)
-    plain = product
     if BIAS:
-        bias = tl.load(numbers + BIAS_Y * line + i, mask=inside, other=0.0)
-        t += bias
-        plain += bias
-    loss, u = softplus_of(rest * LN2 - t)
+        t += tl.load(numbers + BIAS_Y * line + i, mask=inside, other=0.0)
+    loss, u, p = softplus_of(rest * LN2 - t)  # p: the target's probability
     of_rest, of_t = u, -u
     class_weight = tl.where(valid, 1.0, 0.0)
     if WEIGHTED:
@@ -275,11 +284,10 @@ def loss_kernel(
     if mean is not None:
         a = tl.load(numbers + MEAN_Y * line + i, mask=inside, other=0.0)
         all_a = 1.0 if mean_total is None else tl.load(mean_total).to(tl.float32)
-        average = mean_of(mean, i, n, slots, BLOCK_N, BLOCK_S) + (t - plain) * a
-        both, _ = softplus_of(rest * LN2 - t)  # logaddexp(rest, t) - t
-        loss = (1.0 - smoothing) * loss + smoothing * (all_a * (t + both) - average)
+        average = mean_of(mean, i, n, slots, BLOCK_N, BLOCK_S) + moved * a
+        loss = (1.0 - smoothing) * loss + smoothing * (all_a * logaddexp(rest * LN2, t) - average)
         of_rest = (1.0 - smoothing) * of_rest + smoothing * all_a * u
-        of_t = (1.0 - smoothing) * of_t + smoothing * (all_a * (1.0 - u) - a)
+        of_t = (1.0 - smoothing) * of_t + smoothing * (all_a * p - a)
         of_plain = smoothing * a
         tl.store(grads + G_MEAN * line + i, tl.where(valid, -smoothing, 0.0), mask=beyond)
     tl.store(losses + i, tl.where(valid, loss, 0.0), mask=inside)
