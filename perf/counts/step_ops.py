@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import importlib.util
 import multiprocessing
-import os
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -175,14 +174,12 @@ def counts() -> dict[str, dict[str, int]]:
 
 
 @contextlib.contextmanager
-def stubbed(target: str = "sm_90") -> Iterator[None]:
-    """Inside, steps on CPU tensors are planned and dispatched as on this target, without ttsem and without a launch.
+def stubbed() -> Iterator[None]:
+    """Inside, steps on CPU tensors are planned and dispatched as on an H100, without ttsem and without a launch."""
+    from perf.kernels.cases import on
+    from perf.kernels.gpus import GPUS
 
-    The backend takes such tensors where kernels are interpreted.
-    """
-    from perf.kernels.compile import compiling_for
-
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), compiling_for(target), as_a_gpu([]):
+    with on(GPUS["sm_90"]), as_a_gpu([]):
         yield
 
 

@@ -1,7 +1,7 @@
 """Every launch of our kernels that is compiled, counted or tuned here, by name.
 
-The only file of perf/ that looks into the kernels' backend. A case is a loss that somebody may ask for: the backend's
-own forward and backward run, and their launches are kept instead of made. Inside `compile.compiling_for` a launch that
+The only file of perf/ that looks into the kernels' backend. A case is a loss that somebody may ask for: the library
+computes it and its gradients, and the launches are kept instead of made. Inside `compile.compiling_for` a launch that
 is called then compiles and does not run.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,10 +21,9 @@ from triton.runtime.jit import JITFunction
 import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
-from tritonmargin.backends import precision, tiles
-from tritonmargin.backends.triton import BACKEND, draw_kernels, numbers, plan, products
-from tritonmargin.optim import update_rules
-from tritonmargin.spec import LossInputs, LossOptions, PassGrads, PassInputs, PassSpec
+from tritonmargin.backends import precision, registry, tiles
+from tritonmargin.backends.triton import draw_kernels, numbers, plan, products
+from tritonmargin.spec import PassInputs, PassSpec
 
 Launches = dict[str, Callable[..., object]]
 Tiles = tiles.Tiles
@@ -50,41 +48,46 @@ class Case(NamedTuple):
 
     kernels: tuple[str, ...]
     margin: type[tm.Margin] = tm.ArcFace
-    options: dict[str, Any] = {}  # noqa: RUF012  of LossOptions
-    bias: bool = False
+    options: dict[str, Any] = {}  # noqa: RUF012  of the head
     weighted: bool = False  # classes have weights
     sampled: bool = False  # half of the classes
-    wide: bool = False  # W in float32, as under autocast
+    wide: bool = False  # W in float32, under autocast
     rule: str = ""  # of an update in backward
-    asked: tuple[str, ...] | None = None  # numbers per sample for PyTorch, and what else; None: the kernels' own loss
+    statistics: bool = False
     samples: int | None = None  # at most
 
 
 STEP = ("rows", "classes", "reduce", "loss", "sum", "extremes", "half", "weigh", "finish", "back")
 TILES = (*TILED, "finish")
-EVERYTHING = dict(options=dict(label_smoothing=0.1, reduction="none"), bias=True, weighted=True)
+BIAS = dict(bias=True)
+EVERYTHING = dict(options=BIAS | dict(label_smoothing=0.1, reduction="none"), weighted=True)
 CASES = {  # what differs from a step of ArcFace whose W and embeddings have the dtype of the products
     "": Case(STEP),
     "sgd": Case(("finish",), rule="sgd"),
     "adamw": Case(("finish",), rule="adamw"),
     "raw rows": Case((*TILES, "back"), tm.Softmax),
-    "raw rows and bias": Case(("classes", *TILES), tm.Softmax, bias=True),
-    "bias": Case(("classes", *TILES), bias=True),
+    "raw rows and bias": Case(("classes", *TILES), tm.Softmax, BIAS),
+    "bias": Case(("classes", *TILES), options=BIAS),
     "label smoothing": Case(("classes", *TILES, "half", "loss"), options=dict(label_smoothing=0.1)),
     "a sample, W in float32": Case(("rows", "classes", *TILES), sampled=True, wide=True),
     "everything": Case(("rows", "classes", "loss", "upstream", *TILES, "back"), tm.ASoftmax, **EVERYTHING),
     "everything, sgd": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="sgd"),
     "everything, adamw": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="adamw"),
-    "numbers": Case(("numbers", "gradients"), asked=("bias",)),
-    "statistics": Case((*TILED, "finish", "back"), asked=("statistics",)),
-    "offset": Case(("classes", *TILED), asked=("offset",)),
-    "hinge": Case(TILED, asked=("hinge",)),
-    "hinge and bias": Case(TILES, asked=("hinge", "bias")),
-    "hinge, bias, statistics": Case(("reduce",), asked=("hinge", "bias", "statistics", "rest")),
+    "numbers": Case(("numbers", "gradients"), tm.LSoftmax, BIAS | dict(objective="lse-hinge")),
+    "statistics": Case(("reduce",), statistics=True),
+    "offset": Case(("classes", *TILED), options=dict(logq_correction=True), sampled=True),
+    "max-hinge": Case(("reduce", "finish", "back"), options=dict(objective="max-hinge")),
+    "hinge": Case(TILED, options=dict(objective="hinge")),
+    "hinge and bias": Case(TILES, options=BIAS | dict(objective="hinge")),
+    "hinge, bias, statistics": Case(("reduce",), options=BIAS | dict(objective="hinge"), statistics=True),
     "16 samples": Case(TILES, samples=16),
     "64 samples": Case(TILES, samples=64),
 }  # fmt: skip
 IN_A_STEP = ("", "sgd", "adamw")
+RULES: dict[str, Callable[..., Any]] = {
+    "sgd": partial(tm.optim.RowSGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
+    "adamw": partial(tm.optim.RowAdamW, weight_decay=0.1),
+}
 
 
 def device_of(gpu: Gpu) -> tiles.Device:
@@ -100,15 +103,13 @@ def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = Fal
 
 @contextlib.contextmanager
 def on(gpu: Gpu) -> Iterator[None]:
-    """Losses are planned as on this GPU."""
+    """Losses of CPU tensors are planned and launched as on this GPU."""
     device = device_of(gpu)
-
-    def there(tensor: Tensor) -> tiles.Device:  # not a Mock that returns it: those take the CPU microseconds
-        return device
-
-    with contextlib.ExitStack() as patches:
-        for module in (plan, precision):
-            patches.enter_context(mock.patch.object(module, "device_of", there))
+    with (  # functions, for a Mock that returns a value takes the CPU microseconds
+        mock.patch.object(registry, "why_not_triton", lambda *_: None),
+        mock.patch.object(plan, "device_of", lambda _: device),
+        mock.patch.object(precision, "device_of", lambda _: device),
+    ):
         yield
 
 
@@ -165,44 +166,25 @@ def launches(
 
 
 def run(case: Case, dtype: str, n: int, d: int, k: int, device: str) -> None:
-    """The case's loss and its gradients, by the backend."""
+    """The case's loss and its gradients."""
     made, kind = partial(torch.ones, device=device), DTYPES[dtype]
-    x = made(n, d, dtype=kind).requires_grad_()
-    weight = made(k, d, dtype=torch.float32 if case.wide else kind).requires_grad_()
-    target, ids = torch.arange(n, device=device) % (k // 2), None
-    if case.sampled:
-        ids = torch.arange(k // 2, device=device)
-    if case.asked is not None:
-        numbers_of(PassInputs(x, weight, target, ids), dtype, case.asked)
-        return
-    bias = made(k).requires_grad_() if case.bias else None
-    rule = update_rules.RowUpdate("sgd", weight, ()) if not case.rule else update_of(case.rule, weight.detach())
-    updater: Any = SimpleNamespace(begin_in_backward=lambda _: rule, finish_in_backward=lambda *_: None)
-    inputs = LossInputs(x, weight, target, bias, ids, made(k) if case.weighted else None)
-    margin = case.margin().to(device)
-    loss = BACKEND.fused(inputs, margin, LossOptions(**case.options), kind, updater if case.rule else None)
-    assert loss is not None
+    wide = case.wide and kind.itemsize == 2 and not (case.rule and dtype == "float16")  # which is refused
+    weights = made(k) if case.weighted else None
+    head = tm.MarginSoftmaxLoss(
+        d, k, case.margin(), class_weight=weights, device=device, dtype=torch.float32 if wide else kind, **case.options
+    )
+    if case.rule:
+        low = {"state_dtype": head.weight.dtype} if head.weight.dtype == torch.bfloat16 else {}
+        head.update_in_backward(RULES[case.rule](head.parameters(), **low, stochastic_rounding=bool(low)))
+    ids = torch.arange(k // 2, device=device) if case.sampled else None
+    x, target = made(n, d, dtype=kind).requires_grad_(), torch.arange(n, device=device) % (k // 2)
+    with (
+        torch.autocast(x.device.type, kind, enabled=wide), tm.use_backend("triton"),
+        mock.patch.object(numbers, "hardest_of", of_the_first_class),
+    ):  # fmt: skip
+        loss = head(x, target, ids, case.statistics)
+    loss = loss[0] if case.statistics else loss
     loss.backward(torch.ones_like(loss))
-
-
-def numbers_of(inputs: PassInputs, dtype: str, asked: tuple[str, ...]) -> None:
-    """Numbers per sample, as a margin in PyTorch takes them, and gradients for all of them."""
-    made, n, k = partial(torch.ones, device=inputs.x.device), len(inputs.x), len(inputs.weight)
-    inputs = inputs._replace(
-        bias=made(k) if "bias" in asked else None, offset=made(k) if "offset" in asked else None,
-        threshold=made(n) if "hinge" in asked else None,
-    )  # fmt: skip
-    rest, hardest = "hinge" not in asked or "rest" in asked, "statistics" in asked
-    spec = PassSpec(
-        unit_weight=True, unit_embeddings=True, scale=64.0, bounded=inputs.bias is None, want_rest=rest,
-        want_hardest=hardest, sparse=False, dtype=DTYPES[dtype], chunk_bytes=0, retain_bytes=0, backend=BACKEND.name,
-        precision=precision.precision_of(DTYPES[dtype], inputs.x),
-    )  # fmt: skip
-    with torch.no_grad(), mock.patch.object(numbers, "hardest_of", of_the_first_class):
-        saved = BACKEND.forward(inputs, spec)[1]
-        grads = PassGrads(*[made(n)] * len(PassGrads._fields))
-        grads = grads._replace(mean_logit=None, hardest_product=grads.rest if hardest else None)
-        BACKEND.backward(inputs, saved, grads, (True, True, inputs.bias is not None), spec)
 
 
 def of_the_first_class(inputs: PassInputs, spec: PassSpec, of: plan.Plan, *_: Any) -> tuple[Tensor, Tensor, Any]:
@@ -210,17 +192,6 @@ def of_the_first_class(inputs: PassInputs, spec: PassSpec, of: plan.Plan, *_: An
     row = inputs.target.new_zeros(of.line, dtype=torch.int32)
     product, rows = row.float(), inputs.x.new_zeros((of.n, of.d), dtype=torch.float32)
     return product[: of.n], row[: of.n].long(), (row, rows, product)
-
-
-def update_of(rule: str, w: Tensor) -> update_rules.RowUpdate:
-    """The rows' update in backward: bfloat16 is rounded by chance, state included."""
-    low = w.dtype == torch.bfloat16
-    first, second = (torch.zeros_like(w, dtype=w.dtype if low else torch.float32) for _ in range(2))
-    seed = 1 if low else None
-    if rule == "sgd":
-        return update_rules.RowUpdate(rule, w, (0.1, 0.9, 5e-4, 0.0), (first,), seed=seed)
-    steps = torch.zeros(len(w), dtype=torch.int32, device=w.device)
-    return update_rules.RowUpdate(rule, w, (1e-3, 0.9, 0.999, 1e-8, 0.1), (first, second), steps, seed)
 
 
 def draws() -> Launches:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -84,8 +85,6 @@ def compiling_for(gpu: Gpu | str) -> Iterator[list[Compiled]]:
     """Launches of Triton kernels compile for this GPU, or for this target, and do not run."""
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     found: list[Compiled] = []
-    before, driver = JITFunction.run, triton.runtime.driver
-    active = getattr(driver, "_active", None)  # asking the public property would look for a GPU
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = _RUN(self, *args, grid=grid, warmup=True, **options)
@@ -94,14 +93,10 @@ def compiling_for(gpu: Gpu | str) -> Iterator[list[Compiled]]:
         found.append(Compiled(self.fn.__name__, gpu, kept, about.shared, about.num_warps, *code))
         return compiled
 
-    JITFunction.run = compile_only
-    driver.set_active(elsewhere(gpu.target))
-    try:
-        with cases.on(gpu):
-            yield found
-    finally:
-        JITFunction.run = before
-        driver._active = active
+    # Asking for the driver by its public name would look for a GPU.
+    driver = mock.patch.object(triton.runtime.driver, "_active", elsewhere(gpu.target))
+    with cases.on(gpu), driver, mock.patch.object(JITFunction, "run", compile_only):
+        yield found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -95,7 +95,11 @@ def measure(dtype: str, progress: Progress, device: str = "cuda") -> pd.DataFram
         row = {"target": gpu.target, "dtype": dtype, **tile._asdict(), "K": k, "microseconds": math.nan}
         try:
             passes = list(launches_with(tile, gpu, dtype, k=k, device=device, runs=device == "cuda").values())
-            both = lambda: [launch() for launch in passes]  # noqa: E731
+
+            def both() -> None:
+                for launch in passes:
+                    launch()
+
             row["microseconds"] = 1e3 * triton.testing.do_bench_cudagraph(both, rep=5, return_mode="median")
         except Exception as error:  # out of resources, for one
             row["failed"] = type(error).__name__
