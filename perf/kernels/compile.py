@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -109,27 +109,22 @@ def read_nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
         text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)[^;]*;", text)
-    return registers, stack + local, Counter(nvidia_kind(name) for name in names if name != "NOP")
-
-
-def nvidia_kind(name: str) -> str:
-    if name.startswith("UTC") and "MMA" not in name:
-        return "other"  # barriers and the allocation of tensor memory
-    return next((kind for prefix, kind in NVIDIA if name.startswith(prefix)), "other")
-
-
-NVIDIA = [
-    ("HGMMA", "HGMMA"), ("HMMA", "HMMA"), ("UTC", "UTCMMA"), ("UTMALDG", "UTMALDG"), ("LDGSTS", "cp.async"),
-    ("MUFU.EX2", "exp2"), ("LDL", "spill"), ("STL", "spill"),
-]  # fmt: skip
-AMD = [("v_mfma", "mfma"), ("v_exp_f32", "exp2"), ("scratch_", "spill")]
-MATRIX = ("HGMMA", "HMMA", "UTCMMA", "mfma")
-AHEAD = ("UTMALDG", "cp.async")  # loads that others do not wait for
+    return registers, stack + local, kinds(name for name in names if name != "NOP")
 
 
 def read_amd(text: str) -> tuple[int, int, Counter[str]]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
     spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
-    names = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
-    kinds = (next((kind for prefix, kind in AMD if name.startswith(prefix)), "other") for name in names)
-    return registers, spills, Counter(kinds)
+    return registers, spills, kinds(re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE))
+
+
+KINDS = {  # of instructions, by how their names begin; other UTC... are barriers and the allocation of tensor memory
+    "HGMMA": "HGMMA", "HMMA": "HMMA", r"UTC\w*MMA": "UTCMMA", "v_mfma": "mfma", "UTMALDG": "UTMALDG",
+    "LDGSTS": "cp.async", r"MUFU\.EX2|v_exp_f32": "exp2", "LDL|STL|scratch_": "spill",
+}  # fmt: skip
+MATRIX = ("HGMMA", "HMMA", "UTCMMA", "mfma")
+AHEAD = ("UTMALDG", "cp.async")  # loads that others do not wait for
+
+
+def kinds(names: Iterable[str]) -> Counter[str]:
+    return Counter(next((kind for begin, kind in KINDS.items() if re.match(begin, name)), "other") for name in names)

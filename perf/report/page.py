@@ -37,7 +37,7 @@ def write(folder: Path, results: Results) -> Path:
 def on_terminal(results: Results) -> list[tuple[str, pd.DataFrame]]:
     """The first screen for a terminal, or all that was measured if nothing stands there; and what is missing."""
     found = statistics.find(results)
-    first = headline(found, statistics.first(found)) if len(found.headline) else measured(found)
+    first = headline(found, statistics.first(found).sort_index()) if len(found.headline) else measured(found)
     tables = [(statistics.sentence(found), first), ("not measured, or not all of it", missing(found))]
     return [table for table in tables if len(table[1]) or table is tables[0]]
 
@@ -67,7 +67,7 @@ def content(found: Findings, results: Results) -> dict[str, Any]:
     best = results.ceilings.sort_values("per_second").drop_duplicates(["kind", "dtype"], keep="last")
     return {
         "sentence": statistics.sentence(found), "main": found.main,
-        "headline": headline(found, statistics.first(found)), "sizes": headline(found, found.headline),
+        "headline": headline(found, statistics.first(found).sort_index()), "sizes": headline(found, found.headline),
         "fits": [(name, end) for name, end in fits if end > 0], "missing": missing(found), "schema": COLUMNS,
         "runs": runs,
         "device": rows["device"].iloc[0] if len(rows) else "cpu", "band": found.compared["band"].median(),

@@ -133,36 +133,24 @@ def headline(rows: pd.DataFrame, main: Main) -> pd.DataFrame:
     why = said[said["why"] != ""].drop_duplicates([*key, "why"]).groupby(key)["why"].agg("; ".join).reset_index()
     made = right(ours).merge(others.drop_duplicates(key), "outer", key, suffixes=("", "_other"))
     made = made.merge(counts, "left", key).merge(why, "left", key)
-    return made.fillna({"others": 0, "why": "no other code was measured"}).sort_values(key)
-
-
-def quoted(found: Findings) -> tuple[str, int] | None:
-    """Dtype and classes of the sentence: where ours and most others were measured, if it can be as in the pictures."""
-    lines = found.headline[found.headline["median_s"].notna()]
-    if found.main is None or lines.empty:
-        return None
-    lines = lines.assign(known=lines["ratio_other"].notna(), drawn=lines["dtype"] == found.main.dtype)
-    most = lines.sort_values(["drawn", "known", "others", "C"], kind="stable").iloc[-1]
-    return most["dtype"], most["C"]
+    return made.fillna({"others": 0, "why": "no other code was measured"}).sort_values(key, ignore_index=True)
 
 
 def first(found: Findings) -> pd.DataFrame:
-    """At most LINES lines of the headline: the size of the sentence, then those far from it and from each other.
+    """At most LINES lines of the headline: sizes where ours and most others were measured, then the largest.
 
     The dtype of the pictures comes first. A size has a line for each of its modes, and is there with all or none.
     """
-    sizes, start, taken = found.headline.groupby(["dtype", "C"]).size(), quoted(found), []
-
-    def order(size: tuple[str, int]) -> tuple[bool, bool, float]:
-        near = (abs(math.log(size[1] / classes)) for dtype, classes in taken if dtype == size[0])
-        return size != start, size[0] != found.main.dtype, -min(near, default=math.inf)
-
-    left = sorted(sizes.index, key=lambda size: -size[1])
-    while left:
-        left.remove(size := min(left, key=order))
-        if sum(sizes[each] for each in (*taken, size)) <= LINES:
-            taken.append(size)
-    return found.headline[[size in taken for size in zip(found.headline["dtype"], found.headline["C"], strict=True)]]
+    lines = found.headline
+    if lines.empty:
+        return lines
+    drawn = lines["dtype"] == found.main.dtype
+    lines = lines.assign(own=lines["median_s"].notna(), known=lines["ratio_other"].notna(), drawn=drawn)
+    lines = lines.sort_values(["own", "drawn", "known", "others", "C"], ascending=False, kind="stable")
+    taken = lines.iloc[:0]
+    for _, size in lines.groupby(["dtype", "C"], sort=False):
+        taken = pd.concat([taken, size]) if len(taken) + len(size) <= LINES else taken
+    return taken
 
 
 def heads(found: Findings) -> pd.DataFrame:
@@ -254,11 +242,12 @@ def sentence(found: Findings) -> str:
         faster, slower, equal = (counts.get(name, 0) for name in ("faster", "slower", "equal"))
         said = (f"tritonmargin is faster in {faster} of {total} comparisons with code that does the same work, slower "
                 f"in {slower}, and within noise in {equal}.")  # fmt: skip
-    if (size := quoted(found)) is None:
+    lines = first(found)
+    if lines.empty or not lines["own"].iloc[0]:
         return said
-    said += f" A step at {size[1]:,} classes, N={main.n}, D={main.d}, {size[0]}"
-    lines = found.headline[found.headline["median_s"].notna()]
-    for line in lines[(lines[["dtype", "C"]] == [*size]).all(axis=1)].itertuples():
+    dtype, classes = lines[["dtype", "C"]].iloc[0]
+    said += f" A step at {classes:,} classes, N={main.n}, D={main.d}, {dtype}"
+    for line in lines[(lines["dtype"] == dtype) & (lines["C"] == classes) & lines["own"]].sort_index().itertuples():
         how = {"CUDA graph": " In a CUDA graph", "launched": ", launched"}.get(launch(line.mode, line.device), "")
         said += f"{how}: {cost(line.median_s, line.beyond_mb, line.samples)}."
         if pd.notna(line.ratio_other):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ class Results(NamedTuple):
     rows: pd.DataFrame
     samples: pd.DataFrame
     ceilings: pd.DataFrame
-    runs: dict[str, dict[str, Any]]
+    runs: dict[str, Row]
 
 
 def load(folder: Path) -> Results:
@@ -78,6 +79,8 @@ def load(folder: Path) -> Results:
             frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
         except (FileNotFoundError, pd.errors.EmptyDataError):
             return pd.DataFrame(columns=FILES[name])
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{name} cannot be read: {error}; {MEND}") from error
         if lacks := {*FILES[name]} - {*frame.columns}:
             raise ValueError(f"{name} lacks the columns {', '.join(sorted(lacks))}; {MEND}")
         for column in sorted({*FILES[name]} - WORDS) if len(frame) else ():
@@ -108,9 +111,17 @@ def replace(path: Path, content: bytes) -> None:
     beside.replace(path)
 
 
-def another_machine(folder: Path, facts: dict[str, Any]) -> str:
-    """What the folder's results were measured on, if that differs from `facts`; or nothing. A GPU is another one."""
-    for held in load(folder).runs.values():
+def of_this_machine(folder: Path, facts: Row) -> Results:
+    """What a folder holds; ValueError if another machine measured it."""
+    held = load(folder)
+    if other := another_machine(held.runs, facts):
+        raise ValueError(f"{folder} holds results of another machine: {other}; choose another folder, --out")
+    return held
+
+
+def another_machine(runs: dict[str, Row], facts: Row) -> str:
+    """On what the runs were measured, if that differs from `facts`; or nothing. A GPU is another one."""
+    for held in runs.values():
         if any(held.get(name) != facts.get(name) for name in MACHINE):
             said = [name for name in MACHINE if held.get(name) and name not in ("caches", "device")]
             labels = {name: f"{name.replace('_', ' ')} " for name in said} | {"cpu": "", "gpu": ""}

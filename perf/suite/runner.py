@@ -26,9 +26,7 @@ def run_plan(
     With `fresh` everything is measured; what was there stays until the new row is there. The rows of a head of your own
     whose file was edited go at once. Raises ValueError for another machine's folder.
     """
-    if other := results.another_machine(folder, facts):
-        raise ValueError(f"{folder} holds results of another machine: {other}")
-    held, begin = results.load(folder), time.monotonic()
+    held, begin = results.of_this_machine(folder, facts), time.monotonic()
     heads = fingerprints()
 
     def current(line: Row) -> bool:
