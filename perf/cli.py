@@ -120,7 +120,6 @@ def run(
     minutes: Annotated[float | None, typer.Option(min=0, help="of the run; no size begins after that")] = None,
     out: Annotated[Path | None, typer.Option(help=f"folder of the results; {LOCAL}/PLAN")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the folder holds already")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of torch")] = None,
     device: Annotated[Device | None, typer.Option(help="cpu; for --plan gpu: cuda")] = None,
 ) -> None:
     """Measure, write CSVs and the page: under 30 minutes for the default plan on 2 cores.
@@ -139,14 +138,12 @@ def run(
         if any((*sizes.values(), dtype, losses, providers, modes)):
             name = "grid" if name == "default" else name
             grid = plans.custom_grid(
-                **{name: tuple(map(number, words(given))) for name, given in sizes.items()}, dtypes=words(dtype),
-                losses=words(losses), providers=(*words(providers), *heads) if providers else (), modes=words(modes),
+                device, **{name: tuple(map(number, words(given))) for name, given in sizes.items()},
+                dtypes=words(dtype), losses=words(losses), providers=words(providers), modes=words(modes),
             )  # fmt: skip
             chosen = chosen._replace(grids=(grid,))
-        chosen = chosen.limited(longest, minutes).on(device, not providers, heads)
+        chosen = chosen.on(device, heads, longest=longest, minutes=minutes)
         chosen.check()
-    if threads:
-        torch.set_num_threads(threads)
     facts = machine.describe(device) | {"plan": name}
     folder = out or LOCAL / name
     with usage():
@@ -219,15 +216,12 @@ def compare(
 @app.command()
 def providers() -> None:
     """Who is compared."""
-    found, skipped = found_providers.discover()
     lines = [
         {"": kind.name, "what": kind.title, "losses": ", ".join(kind.losses) or "none", "work": kind.work,
-         "options": ", ".join(f"{name}={value}" for name, value in kind.options.items())}
-        for kind in found.values()
+         "options": ", ".join(f"{name}={value}" for name, value in kind.options.items()), "here": kind.missing()}
+        for kind in found_providers.discover().values()
     ]  # fmt: skip
     boxed(pd.DataFrame(lines), "providers")
-    for file, why in skipped.items():
-        console.print(f"[yellow]skipped {file}: {why}")
 
 
 @app.command()
@@ -255,7 +249,7 @@ def check(
         counts.write(found)
         console.print(f"wrote {counts.PATH.name}")
         return
-    grown = counts.grown(counts.committed(), found) + counts.over(found)
+    grown = counts.grown(counts.committed(), found)
     for line in grown:
         console.print(f"[red]{line}")
     console.print(f"{len(found)} steps counted: {'more work than before' if grown else 'no more work than before'}")
@@ -281,7 +275,7 @@ def audit(
     """Compile the Triton kernels for GPUs that need not be here: registers, spills, shared memory, instructions."""
     from perf.kernels import audit as kernels
 
-    known("--target", target or (), kernels.TARGETS)
+    known("--target", target or (), kernels.GPUS)
     known("--dtype", dtype or (), kernels.DTYPES)
     asked = target or kernels.TARGETS, dtype or kernels.DTYPES, width or kernels.WIDTHS
     with usage(), terminal.bar() as progress:
@@ -296,7 +290,6 @@ def tune(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ...; default: all")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or tf32; default: both")] = None,
     device: Annotated[Device, typer.Option(help="cuda: measure on this machine's GPU, and write tiles.json")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="also write every candidate to this CSV")] = None,
 ) -> None:
     """Search the tiles of the Triton kernels: list what compiles without spills; on a GPU, take the fastest."""
     from perf.kernels import tune as tuning
@@ -308,8 +301,6 @@ def tune(
     with usage(), terminal.bar() as progress:
         targets = target or tuning.TARGETS
         frame = tuning.usable(targets, dtypes, progress) if device == "cpu" else tuning.tune(dtypes, progress)
-    if out:
-        frame.to_csv(out, index=False)
     boxed(frame.head(20), "the first 20")
     console.print("tiles.json is as it was" if device == "cpu" else f"wrote {tuning.TABLE}")
 

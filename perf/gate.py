@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from perf.kernels.cases import family, this_gpu
 from perf.kernels.ttsem import MISSING, played
 from perf.report.terminal import console
 from perf.suite import accuracy, results
@@ -52,7 +53,8 @@ def steps(out: Path, dry: bool) -> list[Step]:
     machine = {"TRITONMARGIN_TESTS": "ttsem-90" if dry else "cuda"}
     tiny = ("--classes", "300", "--dim", "16", "--batch", "8", "--providers", "ours,plain,ours-sampled")
     plan = ("tiny", *tiny) if dry else ("gpu", "--device", "cuda")
-    audit = ("--target", "sm_90" if dry else target(), "--dtype", "bfloat16", "--d", "64" if dry else "512")
+    target, width = ("sm_90", "64") if dry else (family(this_gpu(0).target), "512")
+    audit = ("--target", target, "--dtype", "bfloat16", "--d", width)
     check = f"from pathlib import Path; from perf import gate; gate.check_accuracy(Path({str(out)!r}), {dry})"
     return [
         Step("accuracy", 0.15, ("-c", check)),  # versus float64, beside plain torch in the same dtype: errors.csv
@@ -61,13 +63,6 @@ def steps(out: Path, dry: bool) -> list[Step]:
         Step("audit", 0.95, ("-m", "perf", "audit", "--out", str(out), *audit)),
         Step("loss tests", 1.0, ("-m", "pytest", *(fewer if dry else losses)), machine),
     ]
-
-
-def target() -> str:
-    """What this GPU's kernels are compiled for: sm_90, gfx942."""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(0).gcnArchName).partition(":")[0]
-    return f"sm_{torch.cuda.get_device_capability()[0]}0"
 
 
 def check_accuracy(out: Path, dry: bool) -> None:

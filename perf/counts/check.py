@@ -80,16 +80,6 @@ def grown(before: Counts, now: Counts) -> list[str]:
     return sorted(found)
 
 
-def over(found: Counts) -> list[str]:
-    """Steps on a GPU that do more than any may, whatever was committed."""
-    lines = []
-    for case, most in step_ops.LIMITS.items():
-        count = found.get(ON_GPU + case)
-        if count and count["launches"] + count["device"] > most:
-            lines.append(f"{ON_GPU}{case}: {count['launches']} launches and {count['device']} operations, over {most}")
-    return lines
-
-
 def committed() -> Counts:
     return json.loads(PATH.read_text())
 

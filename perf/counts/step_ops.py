@@ -13,7 +13,6 @@ import multiprocessing
 import time
 import timeit
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,6 +22,7 @@ import torch
 
 import tritonmargin as tm
 from perf.suite.memory import quiet_stderr
+from perf.suite.steps import Loss, OwnMargin, TrainingStep
 
 WAITING = {"item", "is_nonzero", "_local_scalar_dense"}
 VIEWS = {
@@ -36,60 +36,25 @@ VIEWS = {
 POISONED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # ttsem fills what these return
 CONVERSIONS = {"to": "aten::_to_copy", "contiguous": "aten::clone"}  # and what they call if something is to be done
 
-
-class OwnMargin(tm.Margin):
-    """As a user writes one: the kernels know no formula of it."""
-
-    def target_cosine(self, cos: torch.Tensor) -> torch.Tensor:
-        return cos - 0.2 * (1 + cos)
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "arcface": {},
-    "arcface, 4 chunks": {"classes": 512, "chunks": 4},
-    "cosface": {"margin": tm.CosFace},
-    "softmax": {"margin": tm.Softmax},
-    "arcface, float32 W under autocast": {"dtype": torch.float32},
-    "arcface, a tenth sampled": {"classes": 2560, "sample_rate": 0.1, "sparse_grad": True},
-    "arcface, RowSGD in backward": {"in_backward": True},
-    "arcface, a tenth sampled, RowSGD in backward": {"classes": 2560, "sample_rate": 0.1, "in_backward": True},
-    "a user's own margin": {"margin": OwnMargin},
-    "arcface, label smoothing 0.1": {"label_smoothing": 0.1},
+N = 64  # samples of every step
+CASES: dict[str, tuple[int, Loss]] = {  # classes, and the rest
+    "arcface": (256, Loss()),
+    "arcface, 4 chunks": (512, Loss(options={"chunk_bytes": 128 * (2 * N + 4)})),  # a class's dL/dz, and a sum of it
+    "cosface": (256, Loss(tm.CosFace)),
+    "softmax": (256, Loss(tm.Softmax)),
+    "arcface, float32 W under autocast": (256, Loss(wide=True)),
+    "arcface, a tenth sampled": (2560, Loss(options={"sample_rate": 0.1, "sparse_grad": True})),
+    "arcface, RowSGD in backward": (256, Loss(optimizer="momentum")),
+    "arcface, a tenth sampled, RowSGD in backward": (2560, Loss(options={"sample_rate": 0.1}, optimizer="momentum")),
+    "a user's own margin": (256, Loss(OwnMargin)),
+    "arcface, label smoothing 0.1": (256, Loss(options={"label_smoothing": 0.1})),
 }
-# Launches and operations of the device in a step that nobody may add to; a chunk more may take three more.
-LIMITS = {
-    "arcface": 12, "cosface": 12, "softmax": 12, "arcface, RowSGD in backward": 14,
-    "arcface, float32 W under autocast": 14, "arcface, label smoothing 0.1": 14, "arcface, a tenth sampled": 20,
-    "a user's own margin": 45, "arcface, 4 chunks": 12 + 3 * 3,
-}  # fmt: skip
-MOST_VIEWS, MOST_HOST_US = 24, 300  # views and allocations of `FEW_VIEWS`; microseconds of "arcface", see `host_time`
-FEW_VIEWS = tuple(LIMITS)[:6]
 
 
-def step_of(
-    device: str, n: int, d: int, margin: type[tm.Margin] = tm.ArcFace, classes: int = 256, chunks: int = 1,
-    in_backward: bool = False, dtype: torch.dtype = torch.bfloat16, **options: Any,
-) -> Callable[[], None]:  # fmt: skip
-    """A training step as a user writes it, to be called again and again."""
-    if chunks > 1:
-        options["chunk_bytes"] = classes // chunks * (2 * n + 4)  # a class's dL/dz, and a sum of it
-    head = tm.MarginSoftmaxLoss(d, classes, margin(), device=device, dtype=dtype, **options)
-    x = torch.randn(n, d, device=device).to(dtype).requires_grad_()
-    y = torch.randint(int(classes * options.get("sample_rate", 1.0)), (n,), device=device)
-    optimizer = tm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
-    if in_backward:
-        head.update_in_backward(optimizer)
-    mixed = dtype == torch.float32
-    autocast = partial(torch.autocast, device, torch.bfloat16) if mixed else contextlib.nullcontext
-
-    def step() -> None:
-        x.grad = head.weight.grad = None
-        with autocast():
-            loss = head(x, y)
-        loss.backward()
-        if in_backward:
-            optimizer.step()
-
+def step_of(case: str, device: str, d: int) -> TrainingStep:
+    classes, loss = CASES[case]
+    step = TrainingStep(loss, N, d, classes, torch.bfloat16, device)
+    step.target %= int(classes * loss.options.get("sample_rate", 1.0))  # those of a sample that nobody drew
     return step
 
 
@@ -157,8 +122,8 @@ def count_all() -> dict[str, dict[str, int]]:
 
     found, launched, looking = {}, [], mock.patch("ttsem.sanitize._is_cuda", is_gpu)
     with played(90), looking, as_a_gpu(launched):
-        for name, case in CASES.items():
-            step = step_of("cuda", 64, 512, **case)
+        for name in CASES:
+            step = step_of(name, "cuda", 512)
             step()
             launched.clear()
             made = list(operations([event for event in recorded(step) if event.cpu_parent is None], poisoned=True))
@@ -183,15 +148,15 @@ def stubbed() -> Iterator[None]:
         yield
 
 
-def host_time(case: dict[str, Any]) -> int:
+def host_time(case: str) -> int:
     """Microseconds of a step whose launches are stubbed, on so few numbers that little but dispatching is left."""
     with stubbed():
-        times = timeit.repeat(step_of("cpu", 4, 16, **case), number=1, repeat=300, timer=time.thread_time)
+        times = timeit.repeat(step_of(case, "cpu", 16), number=1, repeat=300, timer=time.thread_time)
     return round(1e6 * min(times))
 
 
 def table() -> pd.DataFrame:
-    return pd.DataFrame([{"step": name, **each, "host_us": host_time(CASES[name])} for name, each in counts().items()])
+    return pd.DataFrame([{"step": name, **each, "host_us": host_time(name)} for name, each in counts().items()])
 
 
 def missing() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,41 +40,16 @@ class Declared(NamedTuple):
 
     target: str
     budget: str
-    excuses: Callable[[Any], bool]
+    cases: tuple[str, ...]
+    dtypes: tuple[str, ...]
     why: str
+    spills: int = TOLERATED  # bytes at most
 
 
-def few(line: Any) -> bool:
-    return line.spills <= TOLERATED
-
-
+TIGHT = "wants a few bytes more than the registers that let a second block in"
 DECLARED = (
-    Declared(
-        "sm_90", NO_SPILL, lambda line: line.case in ("weigh, everything", "finish, statistics") and few(line),
-        "sm_90: all that a loss may ask for at once, or a gradient through the hardest class, wants a few bytes more "
-        "than the 128 registers that let a second block in.",
-    ),
-    Declared(
-        "sm_90", NO_SPILL, lambda line: (line.dtype, line.kernel) == ("tf32", "finish_kernel") and few(line),
-        "sm_90: float32 gradient rows with a bias keep a few bytes in local memory.",
-    ),
-    Declared(
-        "sm_80", NO_SPILL, lambda line: line.case in ("reduce, statistics", cases.HEAVIEST) and few(line),
-        "sm_80: the hardest class wants a few bytes more than the registers that the compiler takes.",
-    ),
-    Declared(
-        "sm_100", NO_SPILL, lambda line: line.case == cases.HEAVIEST and few(line),
-        "sm_100: all that a loss may ask for at once wants a few bytes more than the registers the compiler takes.",
-    ),
-    *(
-        Declared(
-            "sm_100", budget, lambda line: line.dtype == "float16" and line.case in (cases.SGD, cases.ADAMW),
-            "sm_100: float16's powers of two beside an update in backward: the compiler leaves one block a processor, "
-            "or spills.",
-        )
-        for budget in (NO_SPILL, OVERLAPPED)
-    ),
-)  # fmt: skip
+    Declared("sm_90", NO_SPILL, ("weigh, everything",), ("bfloat16",), f"sm_90: all that a loss may ask for {TIGHT}."),
+)
 
 
 def audit(
@@ -148,8 +122,11 @@ def budgets(frame: pd.DataFrame) -> pd.DataFrame:
 
 def declared(line: Any, budget: str) -> str | None:
     """Why a line may break the budget, if it may."""
-    known = [each for each in DECLARED if (each.target, each.budget) == (line.target, budget) and each.excuses(line)]
-    return known[0].why if known else None
+    for each in DECLARED:
+        known = (each.target, each.budget) == (line.target, budget) and line.spills <= each.spills
+        if known and line.case in each.cases and line.dtype in each.dtypes:
+            return each.why
+    return None
 
 
 def write(frame: pd.DataFrame, out: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +20,7 @@ from triton.runtime.jit import JITFunction
 import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
+from perf.suite.steps import Loss, TrainingStep
 from tritonmargin.backends import precision, registry, tiles
 from tritonmargin.backends.triton import draw_kernels, numbers, plan, products
 from tritonmargin.spec import PassInputs, PassSpec
@@ -47,47 +47,39 @@ class Case(NamedTuple):
     """A loss, and which of its kernels differ from those of the cases before."""
 
     kernels: tuple[str, ...]
-    margin: type[tm.Margin] = tm.ArcFace
-    options: dict[str, Any] = {}  # noqa: RUF012  of the head
-    weighted: bool = False  # classes have weights
+    loss: Loss = Loss()
     sampled: bool = False  # half of the classes
-    wide: bool = False  # W in float32, under autocast
-    rule: str = ""  # of an update in backward
-    statistics: bool = False
     samples: int | None = None  # at most
 
 
 STEP = ("rows", "classes", "reduce", "loss", "sum", "extremes", "half", "weigh", "finish", "back")
 TILES = (*TILED, "finish")
-BIAS = dict(bias=True)
-EVERYTHING = dict(options=BIAS | dict(label_smoothing=0.1, reduction="none"), weighted=True)
+BIAS, HINGE = dict(bias=True), dict(objective="hinge")
+EVERYTHING = Loss(tm.ASoftmax, BIAS | dict(label_smoothing=0.1, reduction="none"), weighted=True)
+UPDATED = EVERYTHING._replace(wide=True)
 CASES = {  # what differs from a step of ArcFace whose W and embeddings have the dtype of the products
     "": Case(STEP),
-    "sgd": Case(("finish",), rule="sgd"),
-    "adamw": Case(("finish",), rule="adamw"),
-    "raw rows": Case((*TILES, "back"), tm.Softmax),
-    "raw rows and bias": Case(("classes", *TILES), tm.Softmax, BIAS),
-    "bias": Case(("classes", *TILES), options=BIAS),
-    "label smoothing": Case(("classes", *TILES, "half", "loss"), options=dict(label_smoothing=0.1)),
-    "a sample, W in float32": Case(("rows", "classes", *TILES), sampled=True, wide=True),
-    "everything": Case(("rows", "classes", "loss", "upstream", *TILES, "back"), tm.ASoftmax, **EVERYTHING),
-    "everything, sgd": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="sgd"),
-    "everything, adamw": Case(("finish",), **EVERYTHING, sampled=True, wide=True, rule="adamw"),
-    "numbers": Case(("numbers", "gradients"), tm.LSoftmax, BIAS | dict(objective="lse-hinge")),
-    "statistics": Case(("reduce",), statistics=True),
-    "offset": Case(("classes", *TILED), options=dict(logq_correction=True), sampled=True),
-    "max-hinge": Case(("reduce", "finish", "back"), options=dict(objective="max-hinge")),
-    "hinge": Case(TILED, options=dict(objective="hinge")),
-    "hinge and bias": Case(TILES, options=BIAS | dict(objective="hinge")),
-    "hinge, bias, statistics": Case(("reduce",), options=BIAS | dict(objective="hinge"), statistics=True),
+    "sgd": Case(("finish",), Loss(optimizer="momentum")),
+    "adamw": Case(("finish",), Loss(optimizer="adamw")),
+    "raw rows": Case((*TILES, "back"), Loss(tm.Softmax)),
+    "raw rows and bias": Case(("classes", *TILES), Loss(tm.Softmax, BIAS)),
+    "bias": Case(("classes", *TILES), Loss(options=BIAS)),
+    "label smoothing": Case(("classes", *TILES, "half", "loss"), Loss(options=dict(label_smoothing=0.1))),
+    "a sample, W in float32": Case(("rows", "classes", *TILES), Loss(wide=True), sampled=True),
+    "everything": Case(("rows", "classes", "loss", "upstream", *TILES, "back"), EVERYTHING),
+    "everything, sgd": Case(("finish",), UPDATED._replace(optimizer="momentum"), sampled=True),
+    "everything, adamw": Case(("finish",), UPDATED._replace(optimizer="adamw"), sampled=True),
+    "numbers": Case(("numbers", "gradients"), Loss(tm.LSoftmax, BIAS | dict(objective="lse-hinge"))),
+    "statistics": Case(("reduce",), Loss(statistics=True)),
+    "offset": Case(("classes", *TILED), Loss(options=dict(logq_correction=True)), sampled=True),
+    "max-hinge": Case(("reduce", "finish", "back"), Loss(options=dict(objective="max-hinge"))),
+    "hinge": Case(TILED, Loss(options=HINGE)),
+    "hinge and bias": Case(TILES, Loss(options=BIAS | HINGE)),
+    "hinge, bias, statistics": Case(("reduce",), Loss(options=BIAS | HINGE, statistics=True)),
     "16 samples": Case(TILES, samples=16),
     "64 samples": Case(TILES, samples=64),
 }  # fmt: skip
 IN_A_STEP = ("", "sgd", "adamw")
-RULES: dict[str, Callable[..., Any]] = {
-    "sgd": partial(tm.optim.RowSGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
-    "adamw": partial(tm.optim.RowAdamW, weight_decay=0.1),
-}
 
 
 def device_of(gpu: Gpu) -> tiles.Device:
@@ -101,14 +93,22 @@ def plan_of(gpu: Gpu, dtype: str, n: int, d: int, c: int, other_rows: bool = Fal
     return plan.make_plan(n, d, c, device, kind, how, copied, device.memory // 64, 0, 0)
 
 
+def nothing(*_: object) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def on(gpu: Gpu) -> Iterator[None]:
     """Losses of CPU tensors are planned and launched as on this GPU."""
     device = device_of(gpu)
-    with (  # functions, for a Mock that returns a value takes the CPU microseconds
-        mock.patch.object(registry, "why_not_triton", lambda *_: None),
-        mock.patch.object(plan, "device_of", lambda _: device),
-        mock.patch.object(precision, "device_of", lambda _: device),
+
+    def there(tensor: Tensor) -> tiles.Device:  # not a Mock that returns it: those take the CPU microseconds
+        return device
+
+    with (
+        mock.patch.object(registry, "why_not_triton", nothing),
+        mock.patch.object(plan, "device_of", there),
+        mock.patch.object(precision, "device_of", there),
     ):
         yield
 
@@ -121,17 +121,14 @@ def with_tile(tile: Tiles, gpu: Gpu) -> Iterator[None]:
         yield
 
 
-def nothing(*_: object) -> None:
-    pass
-
-
 @contextlib.contextmanager
 def launching(launch: Callable[..., object], add_product: Callable[..., object] = nothing) -> Iterator[None]:
     """Inside, launches are told to `launch` as (kernel, *args, **options), and products of torch are not made."""
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(JITFunction, "run", launch))
-        patches.enter_context(mock.patch.object(products, "multiply", nothing))
-        patches.enter_context(mock.patch.object(products, "add_product", add_product))
+    with (
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(products, "multiply", nothing),
+        mock.patch.object(products, "add_product", add_product),
+    ):
         yield
 
 
@@ -158,7 +155,7 @@ def launches(
     for name in names:
         case = CASES[name]
         with matmul_precision(dtype), kept(runs) as made:
-            run(case, dtype, min(n, case.samples or n), d, k, device)
+            run(case, dtype, n, d, k, device)
         for kernel in case.kernels:
             if kernel in made:
                 found[f"{kernel}, {name}" if name else kernel] = made[kernel]
@@ -166,25 +163,15 @@ def launches(
 
 
 def run(case: Case, dtype: str, n: int, d: int, k: int, device: str) -> None:
-    """The case's loss and its gradients."""
-    made, kind = partial(torch.ones, device=device), DTYPES[dtype]
-    wide = case.wide and kind.itemsize == 2 and not (case.rule and dtype == "float16")  # which is refused
-    weights = made(k) if case.weighted else None
-    head = tm.MarginSoftmaxLoss(
-        d, k, case.margin(), class_weight=weights, device=device, dtype=torch.float32 if wide else kind, **case.options
-    )
-    if case.rule:
-        low = {"state_dtype": head.weight.dtype} if head.weight.dtype == torch.bfloat16 else {}
-        head.update_in_backward(RULES[case.rule](head.parameters(), **low, stochastic_rounding=bool(low)))
-    ids = torch.arange(k // 2, device=device) if case.sampled else None
-    x, target = made(n, d, dtype=kind).requires_grad_(), torch.arange(n, device=device) % (k // 2)
-    with (
-        torch.autocast(x.device.type, kind, enabled=wide), tm.use_backend("triton"),
-        mock.patch.object(numbers, "hardest_of", of_the_first_class),
-    ):  # fmt: skip
-        loss = head(x, target, ids, case.statistics)
-    loss = loss[0] if case.statistics else loss
-    loss.backward(torch.ones_like(loss))
+    """A step of the case, by the kernels."""
+    loss, kind = case.loss, DTYPES[dtype]
+    if kind.itemsize == 4 or (loss.optimizer and dtype == "float16"):  # which autocast does not have, and is refused
+        loss = loss._replace(wide=False)
+    step = TrainingStep(loss, min(n, case.samples or n), d, k, kind, device)
+    step.target %= k // 2
+    step.class_ids = torch.arange(k // 2, device=device) if case.sampled else None
+    with tm.use_backend("triton"), mock.patch.object(numbers, "hardest_of", of_the_first_class):
+        step()
 
 
 def of_the_first_class(inputs: PassInputs, spec: PassSpec, of: plan.Plan, *_: Any) -> tuple[Tensor, Tensor, Any]:

@@ -10,7 +10,6 @@ import itertools
 import multiprocessing
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-import tritonmargin as tm
 from perf.planner.memory import Head, memory_on
 from perf.suite import machine
 from perf.suite.memory import allocations, peak_without
+from perf.suite.steps import Loss, TrainingStep
 
 WITHIN, SECONDS = 0.01, 300.0
 
@@ -48,26 +47,14 @@ def rank_peak(rank: int, head: Head, meeting: str) -> int:
 
 
 def step_peak(head: Head, group: dist.ProcessGroup | None = None) -> int:
-    module = tm.MarginSoftmaxLoss(
-        head.dim, head.classes, sample_rate=head.rate, sparse_grad=head.gradient == "sparse", process_group=group
-    )
-    kinds = {"adamw": tm.optim.RowAdamW, "momentum": partial(tm.optim.RowSGD, lr=0.1, momentum=0.9)}
-    optimizer = kinds[head.optimizer](module.parameters())
-    if head.gradient == "backward":
-        module.update_in_backward(optimizer)
-    x = torch.randn(head.batch, head.dim, requires_grad=True)
-    target = torch.randint(head.classes, (head.batch,))
-
-    def step() -> None:
-        module(x, target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        x.grad = None
-
+    options = {"sample_rate": head.rate, "sparse_grad": head.gradient == "sparse", "process_group": group}
+    loss = Loss(options=options, optimizer=head.optimizer, in_backward=head.gradient == "backward")
+    step = TrainingStep(loss, head.batch, head.dim, head.classes)
     step()  # makes the state
     most = min(peak_without(allocations(step), 0) for _ in range(2))  # gloo's thread may let go of a buffer late
-    state = [value for value in optimizer.state[module.weight].values() if isinstance(value, torch.Tensor)]
-    return most + sum(each.nbytes for each in (module.weight, x, target, *state))
+    weight = step.head.weight
+    state = [value for value in step.optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return most + sum(each.nbytes for each in (weight, step.x, step.target, *state))
 
 
 def table(heads: list[Head], progress: Callable[[float, str], object] = print) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """The competitors, found by looking into this folder.
 
-Every subclass of `Provider` with a name is one. A file whose package is not installed is skipped, with the reason. One
-with options is also asked for as `name:option=value`, e.g. `ours:retain=0.5`. `load_file` adds somebody's own class.
+Every subclass of `Provider` with a name is one. One with options is also asked for as `name:option=value`, e.g.
+`ours:retain=0.5`. `load_file` adds somebody's own class.
 """
 
 import functools
@@ -11,38 +11,29 @@ import json
 import pkgutil
 import runpy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from perf.providers.base import OwnHead, Provider
 from perf.suite.problem import DTYPES, LOSSES
 
 
-class Found(NamedTuple):
-    providers: dict[str, type[Provider]]
-    skipped: dict[str, str]  # file -> reason
-
-
 @functools.cache
-def discover() -> Found:
-    providers: dict[str, type[Provider]] = {}
-    skipped: dict[str, str] = {}
+def discover() -> dict[str, type[Provider]]:
+    """All by name, whether or not what they need is installed."""
+    found: dict[str, type[Provider]] = {}
     for file in pkgutil.iter_modules(__path__):
-        try:
-            module = importlib.import_module(f"{__name__}.{file.name}")
-            kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Provider)]
-            providers |= {kind.name: kind for kind in kinds if "name" in vars(kind)}  # base classes have none
-        except ImportError as error:
-            skipped[file.name] = str(error)
-    return Found(providers, skipped)
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Provider)]
+        found |= {kind.name: kind for kind in kinds if "name" in vars(kind)}  # base classes have none
+    return found
 
 
 def split(name: str) -> tuple[str, dict[str, Any]]:
     """`name:option=value:...` taken apart; ValueError for a provider or an option that does not exist."""
     base, *settings = name.split(":")
-    found, skipped = discover()
+    found = discover()
     if base not in found:
-        missing = "".join(f"; {file} is skipped: {why}" for file, why in skipped.items())
-        raise ValueError(f"no provider {base!r}; there are {', '.join(found)}{missing}")
+        raise ValueError(f"no provider {base!r}; there are {', '.join(found)}")
     options: dict[str, Any] = {}
     for setting in settings:
         option, _, value = setting.partition("=")
@@ -57,25 +48,20 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
 
 def make(name: str) -> Provider:
     base, options = split(name)
-    return discover().providers[base](**options)
+    return discover()[base](**options)
 
 
-def class_of(name: str) -> type[Provider] | None:
-    """None for one that is not installed here."""
-    return discover().providers.get(name.partition(":")[0])
+def class_of(name: str) -> type[Provider]:
+    return discover()[name.partition(":")[0]]
 
 
 def title(name: str) -> str:
-    found = class_of(name)
-    return ", ".join([found.title if found else name, *name.split(":")[1:]])
-
-
-SOURCES: dict[str, str] = {}  # of heads of your own: name -> file.py:Class
+    return ", ".join([class_of(name).title, *name.split(":")[1:]])
 
 
 def fingerprints() -> dict[str, str]:
     """Of the files of heads of your own: another one after a file was edited."""
-    files = {name: Path(source.rpartition(":")[0]) for name, source in SOURCES.items()}
+    files = {name: Path(kind.source.rpartition(":")[0]) for name, kind in discover().items() if kind.source}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
 
 
@@ -88,7 +74,7 @@ def load_file(source: str) -> str:
     if not path.is_file():
         raise ValueError(f"there is no file {file}")
     source = f"{path}:{class_name}"
-    if known := [name for name, other in SOURCES.items() if other == source]:
+    if known := [name for name, kind in discover().items() if kind.source == source]:
         return known[0]
     try:
         content = runpy.run_path(str(path), run_name=path.stem)
@@ -101,12 +87,11 @@ def load_file(source: str) -> str:
     if lacks := [name for name in ("name", "losses", "make", "step") if not hasattr(kind, name)]:
         raise ValueError(f"{class_name} lacks {', '.join(lacks)}; perf/providers/base.py says what they are")
     name, dtypes = kind.name, getattr(kind, "dtypes", OwnHead.dtypes)
-    if not isinstance(name, str) or not name or set(name) & set(":,") or name in discover().providers:
+    if not isinstance(name, str) or not name or set(name) & set(":,") or name in discover():
         raise ValueError(f"{class_name}.name must be a new name without ':' and ',', got {name!r}")
     for what, values, among in (("losses", kind.losses, LOSSES), ("dtypes", dtypes, DTYPES.values())):
         if not isinstance(values, tuple) or not values or not set(values) <= set(among):
             raise ValueError(f"{class_name}.{what} must be a tuple of {', '.join(among)}, got {values!r}")
     own = {"name": name, "title": getattr(kind, "title", name), "losses": kind.losses, "dtypes": dtypes, "kind": kind}
-    discover().providers[name] = type(class_name, (OwnHead,), own)
-    SOURCES[name] = source
+    discover()[name] = type(class_name, (OwnHead,), own | {"source": source})
     return name

@@ -9,6 +9,7 @@ steps, and checks loss and gradients against float64 first, like everyone's.
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -37,15 +38,22 @@ class Provider(ABC):
     compiles: ClassVar[bool] = False  # whether its first step of a size takes long
     weight_is_transposed: ClassVar[bool] = False  # [D, C]; `weight_gradient()` is [C, D] all the same
     options: ClassVar[dict[str, Any]] = {}  # and their defaults: `name:option=value` on the command line
+    package: ClassVar[str] = ""  # that has to be installed
+    source: ClassVar[str] = ""  # file.py:Class of a head of your own
 
     def __init__(self, **options: Any) -> None:
         self.chosen = {**self.options, **options}
 
-    def supports(self, problem: Problem) -> str | None:
-        """Why not, or None if it can run; a plan asks only for the losses, dtypes and modes that it has."""
+    @classmethod
+    def missing(cls) -> str:
+        """What it needs and is not there, in words."""
+        return f"{cls.package} is not installed" if cls.package and find_spec(cls.package) is None else ""
+
+    def supports(self, problem: Problem) -> str:
+        """Why not, or nothing if it can run; a plan asks only for the losses, dtypes and modes that it has."""
         if self.work == "sampled" and self.chosen.get("rate", SAMPLE_RATE) * problem.classes <= problem.n:
             return "the batch has as many classes as the sample"
-        return None
+        return self.missing()
 
     def gradient_bytes(self, mode: str) -> int:
         """Of the gradient of W that a step leaves in this process."""

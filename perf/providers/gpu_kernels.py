@@ -1,7 +1,6 @@
 """Fused kernels of others, for plain softmax, where they are installed: they need a GPU."""
 
 import importlib
-import importlib.util
 
 from torch import Tensor
 
@@ -15,11 +14,8 @@ class OnGpu(Provider):
     module: str
     function: str
 
-    def supports(self, problem: Problem) -> str | None:
-        package = self.module.partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-        return super().supports(problem) if problem.on_gpu else "needs a GPU"
+    def supports(self, problem: Problem) -> str:
+        return super().supports(problem) or ("" if problem.on_gpu else "needs a GPU")
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
         super().prepare(problem, tensors)
@@ -33,17 +29,19 @@ class OnGpu(Provider):
 
 class Liger(OnGpu):
     name, title = "liger", "Liger-Kernel fused linear cross-entropy"
-    module = "liger_kernel.ops.fused_linear_cross_entropy"
+    package, module = "liger_kernel", "liger_kernel.ops.fused_linear_cross_entropy"
     function = "LigerFusedLinearCrossEntropyFunction"
 
 
 class CutCrossEntropy(OnGpu):
     name, title = "cce", "Cut Cross-Entropy"
-    module, function = "cut_cross_entropy", "linear_cross_entropy"
+    package = module = "cut_cross_entropy"
+    function = "linear_cross_entropy"
     dtypes = ("bfloat16", "float16")
 
 
 class Quack(OnGpu):
     name, title = "quack", "quack's chunked linear cross-entropy"
-    module, function = "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
+    package, module = "quack", "quack.linear_cross_entropy"
+    function = "chunked_linear_cross_entropy"
     dtypes = ("bfloat16", "float16")

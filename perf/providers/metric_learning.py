@@ -3,7 +3,6 @@
 import math
 
 import torch
-from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
 from torch import Tensor
 
 from perf.providers.base import Provider
@@ -12,9 +11,11 @@ from perf.suite.problem import MARGINS, SCALE, Problem, Tensors
 
 class MetricLearning(Provider):
     name, title, losses = "pml", "pytorch-metric-learning", ("arcface", "cosface")
-    weight_is_transposed = True
+    weight_is_transposed, package = True, "pytorch_metric_learning"
 
     def prepare(self, problem: Problem, tensors: Tensors) -> None:
+        from pytorch_metric_learning.losses import ArcFaceLoss, CosFaceLoss
+
         super().prepare(problem, tensors)
         m = MARGINS[problem.loss]
         kind, margin = (ArcFaceLoss, math.degrees(m)) if problem.loss == "arcface" else (CosFaceLoss, m)

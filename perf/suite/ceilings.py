@@ -44,9 +44,7 @@ def limit(case: Case, ceilings: Iterable[Row]) -> float | None:
     and writes W and the momentum instead. A sampled step has its part of the classes.
     """
     p, kind, mode = case.problem, class_of(case.provider), GRAPHS.get(case.mode, case.mode)
-    part = 1.0
-    if kind is not None and kind.work == "sampled":
-        part = float(split(case.provider)[1].get("rate", SAMPLE_RATE))
+    part = float(split(case.provider)[1].get("rate", SAMPLE_RATE)) if kind.work == "sampled" else 1.0
     products, passes = {"frozen W": (2, 2), STEP: (3, 3), WHOLE: (3, 5)}.get(mode, (1, 1))
     rates = {(line["kind"], line["dtype"]): line["per_second"] for line in ceilings}
     gemm, copy = rates.get(("GEMM", p.dtype)), rates.get(("copy", ""))

@@ -45,16 +45,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of this repository, with a + if files differ from it; None outside of one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
-        return done.stdout.strip()
-
+    about = "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", "tritonmargin", "perf", "examples"
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "tritonmargin", "perf", "examples")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        done = subprocess.run(["git", *about], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
+    lines = done.stdout.splitlines()  # "# branch.oid 0123...", and others of the branch; then one for each file
+    head = next((line.split()[2] for line in lines if line.startswith("# branch.oid")), "")
+    return head[:10] + "+" * any(not line.startswith("#") for line in lines)
 
 
 def cpu_model() -> str:

@@ -41,14 +41,13 @@ def available_bytes() -> int:
     return free
 
 
-def limit_memory() -> int:
-    """Let this process allocate what is free now and no more; beyond it, allocations fail. The bytes it may have."""
+def limit_memory() -> None:
+    """Let this process allocate what is free now and no more; beyond it, allocations fail."""
     left, held = max(available_bytes() - RESERVE, RESERVE // 4), field(Path("/proc/self/status"), "VmData")
     if held:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         soft = held + left if hard == resource.RLIM_INFINITY else min(held + left, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    return left
 
 
 @contextlib.contextmanager

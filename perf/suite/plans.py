@@ -36,28 +36,24 @@ class Case(NamedTuple):
 
     @property
     def offered(self) -> bool:
-        """Whether the provider has the loss, dtype and mode; one that is not installed is left in, to say so."""
+        """Whether the provider has the loss, dtype and mode; one that needs what is not there is left in, to say so."""
         kind, p = class_of(self.provider), self.problem
         if not p.on_gpu and (p.dtype == "tf32" or self.mode in GRAPHS):
             return False
-        return kind is None or (p.loss in kind.losses and p.dtype in kind.dtypes and self.mode in kind.modes)
+        return p.loss in kind.losses and p.dtype in kind.dtypes and self.mode in kind.modes
 
 
 class Budget(NamedTuple):
     """How long a case may take."""
 
-    rounds: int  # at least that many rounds ...
-    most: int  # ... and at most that many;
-    seconds: float  # between the two, none begins after a case has run that long
+    most: int  # rounds
+    seconds: float  # after which a case has no further round; three it always gets
     longest: float  # seconds of a step; a case that is predicted to take longer is left out and says so
-    patience: float = math.inf  # seconds that a case may run for the rounds that it gets at least; three it always gets
     minutes: float = math.inf  # of the run; a size that would begin later is left to the next run, and says so
 
     def another(self, number: int, spent: float) -> bool:
         """Whether a case that has run for `spent` seconds takes part in round `number`, counted from 0."""
-        if number < self.rounds:
-            return number < 3 or spent < self.patience
-        return spent < self.seconds
+        return number < self.most and (number < 3 or spent < self.seconds)
 
 
 @dataclass(frozen=True)
@@ -88,19 +84,17 @@ class Grid:
         cases = itertools.starmap(Case, itertools.product(problems, self.providers, self.modes))
         return [case for case in cases if case.offered]
 
-    def able(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of them who offer a case."""
-        return tuple(name for name in names if replace(self, providers=(name,)).cases())
 
-
-def custom_grid(**given: Any) -> Grid:
+def custom_grid(device: str = "cpu", **given: Any) -> Grid:
     """A grid from the command line: any fields of Grid, whose defaults stand for what is not given (or empty)."""
     short = {"dtypes": DTYPES, "modes": SHORT}
     given = {name: tuple(short.get(name, {}).get(v, v) for v in values) for name, values in given.items() if values}
-    grid = Grid(**given)
+    everyone = EVERYONE if device == "cpu" else (*EVERYONE, *ON_GPU)
+    grid = Grid(**{"providers": everyone, **given}, device=device)
     for name in grid.providers:
         split(name)  # ValueError for one that does not exist
-    return grid if "providers" in given else replace(grid, providers=grid.able(EVERYONE) or EVERYONE)
+    able = tuple(name for name in grid.providers if replace(grid, providers=(name,)).cases())
+    return grid if "providers" in given else replace(grid, providers=able or everyone)
 
 
 class Plan(NamedTuple):
@@ -108,22 +102,16 @@ class Plan(NamedTuple):
     budget: Budget
     in_order: bool = False  # as the grids are written, instead of small sizes first
 
-    def limited(self, longest: float | None, minutes: float | None) -> Plan:
-        given = {"longest": longest, "minutes": minutes}
-        return self._replace(budget=self.budget._replace(**{k: v for k, v in given.items() if v is not None}))
-
-    def on(self, device: str, others: bool = True, heads: tuple[str, ...] = ()) -> Plan:
-        """The plan on another device, there with those that run there alone, if `others`; everywhere with `heads`."""
+    def on(self, device: str, heads: tuple[str, ...] = (), **limits: float | None) -> Plan:
+        """The plan on a device, with `heads` and limits of its budget; sweeps of our settings are a CPU's alone."""
         grids = []
         for grid in self.grids:
             if device == "cpu" and grid.device != device:
                 raise ValueError("this plan needs --device cuda")
-            moved = replace(grid, device=device)
-            if others and grid.device != device:  # sweeps of our settings are a CPU's alone
-                own = tuple(name for name in grid.providers if ":" not in name)
-                moved = replace(moved, providers=(*own, *moved.able(ON_GPU)))
-            grids.append(replace(moved, providers=tuple(dict.fromkeys([*moved.providers, *heads]))))
-        return self._replace(grids=tuple(grids))
+            own = [name for name in grid.providers if grid.device == device or ":" not in name]
+            grids.append(replace(grid, device=device, providers=tuple(dict.fromkeys([*own, *heads]))))
+        budget = self.budget._replace(**{name: value for name, value in limits.items() if value is not None})
+        return self._replace(grids=tuple(grids), budget=budget)
 
     def check(self) -> None:
         """ValueError for a provider that was chosen and can do nothing of what is asked, or if nobody can."""
@@ -131,14 +119,11 @@ class Plan(NamedTuple):
         for grid in self.grids:
             anyone = can and set(PEERS) <= set(grid.providers)  # those of them who can
             for name in [name for name in grid.providers if name not in can | set(EVERYONE if anyone else ())]:
-                kind, needs_gpu, said = class_of(name), {"tf32", *GRAPHS} if grid.device == "cpu" else set(), []
-                for option, part in {"losses": "losses", "dtype": "dtypes", "modes": "modes"}.items():
-                    asked, does = getattr(grid, part), [each for each in getattr(kind, part) if each not in needs_gpu]
-                    if not {*asked} & {*does}:
-                        use = f": use --{option} {STEP if STEP in does else does[0]}" if does else ""
-                        said.append(f"it does {', '.join(does) or f'no {part}'}, not {', '.join(asked)}{use}")
-                        said += ["TF32 and CUDA graphs need a GPU, --device cuda"] if {*asked} & needs_gpu else []
-                raise ValueError(f"{name} can do nothing of what is asked: {'; '.join(said)}")
+                kind = class_of(name)
+                has = {"--losses": kind.losses, "--dtype": kind.dtypes, "--modes": kind.modes}
+                said = ", ".join(f"{option} {'|'.join(values)}" for option, values in has.items())
+                hint = "; tf32 and CUDA graphs need a GPU, --device cuda" if grid.device == "cpu" else ""
+                raise ValueError(f"{name} can do nothing of what is asked, it has {said}{hint}")
 
     def blocks(self) -> dict[Problem, list[Case]]:
         """The cases of a size together, small sizes first: what is known of them says what large ones will take."""
@@ -173,19 +158,19 @@ def face(*sizes: Any, compiled: tuple[str, ...] = ()) -> list[Grid]:
         Grid(*sizes, ("arcface",), ("ours-sampled",), (WHOLE, WHOLE_GRAPH), "cuda"),
         Grid(*sizes, ("arcface",), ("plain-sampled", "ours", "ours-in-backward", "plain"), (WHOLE,), "cuda"),
         Grid(*sizes, ("softmax",), ("ours",), (STEP, GRAPH), "cuda"),
-        Grid(*sizes, ("softmax",), ("plain", "torch-lce", *FUSED, *compiled), (STEP,), "cuda"),
+        Grid(*sizes, ("softmax",), ("plain", "torch-lce", *ON_GPU, *compiled), (STEP,), "cuda"),
     ]
 
 
 # Its first four sizes take about five minutes on an H200: torch.compile and the first compilation of every kernel are
 # most of that, a step of ours takes 1 to 12 ms there.
-FUSED, BF16 = ("cce", "liger", "quack"), ("bfloat16",)
+BF16 = ("bfloat16",)
 SIZES = (1_000_000, 100_000, 4_000_000, 10_000), (512, 128), (1024, 256, 32)
 ON_H200 = (
     *face((100_000, 1_000_000), (512,), (1024,), BF16, compiled=("plain-compiled",)),
     *face((100_000,), (512,), (1024,), ("tf32", "float16", "float32")),
     Grid(*SIZES, BF16, ("arcface",), ("ours", "plain", "pml", "ours-in-backward"), ("forward", STEP, WHOLE), "cuda"),
-    Grid(*SIZES, BF16, ("softmax",), ("ours", "plain", *FUSED), (STEP,), "cuda"),
+    Grid(*SIZES, BF16, ("softmax",), ("ours", "plain", *ON_GPU), (STEP,), "cuda"),
     Grid(*SIZES, (*BF16, "float32"), ("arcface",), ("ours",), (STEP, GRAPH), "cuda"),
     Grid(*SIZES, ("float32",), ("arcface",), ("plain", "pml"), (STEP,), "cuda"),
 )
@@ -193,7 +178,7 @@ ON_H200 = (
 PLANS = {
     "tiny": Plan((
         Grid((300, 2000), (16,), (8,), BOTH, ("arcface", "softmax"), (*EVERYONE, "ours:retain=0.5"), MODES),
-    ), Budget(2, 2, 0.0, 5.0)),
+    ), Budget(2, 0.0, 5.0)),
     "quick": Plan((
         Grid((10_000, 100_000), (128,), providers=("ours", "plain"), modes=(STEP,)),
         Grid((32_768,), (512,), (256,), ("bfloat16",), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
@@ -202,20 +187,20 @@ PLANS = {
         Grid((131_072,), (512,), (256,), providers=("ours", "ours-retain", "plain"), modes=(STEP,)),
         Grid((131_072,), (512,), (256,), providers=("ours",), modes=("forward",)),
         Grid((131_072,), (512,), (256,), providers=("ours", "ours-in-backward", "ours-sampled"), modes=(WHOLE,)),
-    ), Budget(5, 5, 0.0, 6.0, patience=4.0, minutes=2.5)),
+    ), Budget(5, 4.0, 6.0, minutes=2.5)),
     "default": Plan((
         TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
         Grid(MANY, (512,), (32, 256), BOTH,
              providers=("ours", "ours-in-backward", "ours-sampled", "plain", "plain-sampled")),
         Grid((131_072,), (512,), (256,), BOTH, ("softmax",), (*SOFTMAX, "ours-retain", "plain-compiled"), (STEP,)),
         Grid((10_000, 100_000, 131_072), (512,), (256,), BOTH, providers=("ours", "plain-compiled"), modes=(STEP,)),
-    ), Budget(5, 8, 1.0, 5.0, patience=6.0, minutes=26.0)),
+    ), Budget(8, 3.0, 5.0, minutes=26.0)),
     # No public table of fused softmax cross-entropy has D = 512 and C >= 10^6.
     "full": Plan((
         TARGETS, LINEAR, SWEEPS, OTHER_LOSSES, LARGE_BATCH,
         Grid(ALL, (128, 512), (32, 256, 1024), BOTH),
         Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("arcface-straight-through",), ("ours", "insightface")),
         Grid(ALL, (128, 512), (32, 256, 1024), BOTH, ("softmax",), (*SOFTMAX, "plain-compiled")),
-    ), Budget(5, 15, 1.0, 10.0, patience=12.0)),
-    "gpu": Plan(ON_H200, Budget(3, 5, 0.3, 2.0, minutes=30.0), in_order=True),
+    ), Budget(15, 6.0, 10.0)),
+    "gpu": Plan(ON_H200, Budget(5, 0.3, 2.0, minutes=30.0), in_order=True),
 }  # fmt: skip

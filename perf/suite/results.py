@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from perf.providers import class_of
+from perf.suite import machine
 from perf.suite.plans import KEY, Row
 
 COLUMNS = {
@@ -56,9 +56,7 @@ WORDS = {*TEXT, "loss", "dtype", "device", "provider", "mode", "kind", "unit"}  
 MACHINE = ("cpu", "instruction_set", "caches", "cores", "threads", "torch", "gpu", "device")
 
 
-class Block(NamedTuple):
-    rows: list[Row]  # a line per case
-    samples: list[Row]  # a line per timed step; on a GPU per round, the median of its steps
+Block = tuple[list[Row], list[Row]]  # a line per case; a line per timed step, on a GPU per round, their median
 
 
 class Results(NamedTuple):
@@ -123,9 +121,7 @@ def another_machine(runs: dict[str, Row], facts: Row) -> str:
     """On what the runs were measured, if that differs from `facts`; or nothing. A GPU is another one."""
     for held in runs.values():
         if any(held.get(name) != facts.get(name) for name in MACHINE):
-            said = [name for name in MACHINE if held.get(name) and name not in ("caches", "device")]
-            labels = {name: f"{name.replace('_', ' ')} " for name in said} | {"cpu": "", "gpu": ""}
-            return ", ".join(f"{labels[name]}{held[name]}" for name in said)
+            return machine.one_line(held)
     return ""
 
 
@@ -136,10 +132,8 @@ def key_of(line: Row) -> tuple[Any, ...]:
 def is_open(row: Row) -> bool:
     """Whether a case was not begun, or lacked something that is installed by now."""
     note = str(row["note"])
-    if note.endswith("is not installed"):
-        return find_spec(note.split()[0]) is not None
-    lacked = "No module named" in note or note.startswith("no provider")
-    return note.startswith(NOT_BEGUN) or (lacked and class_of(row["provider"]) is not None)
+    lacked = note.endswith("is not installed")
+    return note.startswith(NOT_BEGUN) or (lacked and find_spec(note.split()[0]) is not None)
 
 
 def add_block(rows: dict[tuple[Any, ...], Row], samples: list[Row], block: Block, wanted: set[tuple[Any, ...]]) -> None:
@@ -148,10 +142,10 @@ def add_block(rows: dict[tuple[Any, ...], Row], samples: list[Row], block: Block
     Others took part to be divided by: their samples stay beside those of the run that their own line is of.
     A line without a measurement does not replace one with.
     """
-    taken = {}
-    for row in block.rows:
+    taken, (measured, timed) = {}, block
+    for row in measured:
         key = key_of(row)
         if key not in rows or (key in wanted and (row["samples"] > 0 or not rows[key]["samples"] > 0)):
             taken[key] = row
     rows |= taken
-    samples[:] = [line for line in samples if key_of(line) not in taken] + block.samples
+    samples[:] = [line for line in samples if key_of(line) not in taken] + timed

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from perf.providers import class_of, discover, split, title
+from perf.providers import class_of, title
 from perf.providers.base import GRAPHS, MODES, WHOLE, WHOLE_GRAPH
 from perf.suite import accuracy, memory
 from perf.suite.plans import BASELINE, KEY, Budget, Case, Row
@@ -83,7 +83,7 @@ class Rounds:
         self.found: dict[Case, Row] = {}
         self.errors: dict[str, Row] = {}
         if why := too_large(self.problem, "W"):
-            return Block([blank(case, why) for case in cases], [])
+            return [blank(case, why) for case in cases], []
         with buffers(self.problem) as files:
             try:
                 if self.problem.on_gpu:
@@ -96,7 +96,7 @@ class Rounds:
             finally:
                 for worker in self.workers.values():
                     worker.stop()
-        return Block([self.row(case) for case in cases], self.samples)
+        return [self.row(case) for case in cases], self.samples
 
     def compile_ahead(self, cases: list[Case]) -> None:
         """All providers at once, each in its own process: one after another they take minutes.
@@ -106,7 +106,7 @@ class Rounds:
         self.progress("compiling")
         modes: dict[str, list[str]] = {}
         for case in cases:
-            if class_of(case.provider) is not None and case.provider not in self.hung and not self.too_long(case):
+            if case.provider not in self.hung and not self.too_long(case):
                 modes.setdefault(case.provider, []).append(case.mode)
         for name, own in modes.items():
             self.workers[name] = Worker(name, self.threads)
@@ -117,12 +117,6 @@ class Rounds:
 
     def start(self, name: str, files: tuple[str, ...]) -> None:
         """The provider's process, checked and ready at this size; or a note."""
-        try:
-            split(name)
-        except ValueError as error:
-            missing = [] if class_of(name) else [f"{file}: {why}" for file, why in discover().skipped.items()]
-            self.notes[name] = "; ".join(missing) or str(error)
-            return
         if name in self.hung:
             self.notes[name] = self.hung[name]
             return
@@ -259,9 +253,8 @@ class Rounds:
 
 def blank(case: Case, note: str = "") -> Row:
     """The line of a case of which nothing is known yet."""
-    kind = class_of(case.provider)
-    line = dict(zip(KEY, case.key, strict=True)) | {"title": title(case.provider), "work": kind.work if kind else ""}
-    return {**line, "samples": 0, "wrong": "", "note": note}
+    about = {"title": title(case.provider), "work": class_of(case.provider).work}
+    return {**dict(zip(KEY, case.key, strict=True)), **about, "samples": 0, "wrong": "", "note": note}
 
 
 def ratio(a: dict[int, float], b: dict[int, float]) -> float:

@@ -1,6 +1,7 @@
 """A run: every size of a plan, written as it goes; a second run goes on where the first was stopped."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from perf.providers import fingerprints
 from perf.suite import ceilings, results
 from perf.suite.plans import Case, Plan, Row
 from perf.suite.problem import Problem
-from perf.suite.results import NOT_BEGUN, Block, Results
+from perf.suite.results import NOT_BEGUN, Results
 from perf.suite.rounds import Rounds, blank
 
 PAST_BUDGET = ("predicted", "one step", "stopped after")
@@ -62,16 +63,16 @@ def run_plan(
     for place, (problem, cases) in enumerate(left.items()):
         if time.monotonic() - begin > 60.0 * plan.budget.minutes:
             note = f"{NOT_BEGUN}: the {plan.budget.minutes:g} minutes were over"
-            block = Block([blank(case, note) for case in cases], [])
+            block = [blank(case, note) for case in cases], []
         else:
             # Ours takes part even where it is there already: the others are divided by it.
             modes = {case.mode for case in cases}
             mine = [c for c in blocks[problem] if c.provider in ("ours", "ours-sampled") and c.mode in modes]
             together = list(dict.fromkeys([*mine, *cases]))
             block = rounds.measure(together, functools.partial(progress, sum(weights[:place]) / sum(weights)))
-            for case, row in zip(together, block.rows, strict=True):
+            for case, row in zip(together, block[0], strict=True):
                 row["limit_s"] = ceilings.limit(case, best)
-        for line in (*block.rows, *block.samples):
+        for line in itertools.chain(*block):
             line["run"] = number
         results.add_block(rows, samples, block, {case.key for case in cases})
         held.runs[number]["seconds"] = round(time.monotonic() - begin, 1)

@@ -1,4 +1,8 @@
-"""A provider's own process: it prepares one size under a memory limit, and runs what it is told to."""
+"""A provider's own process: it prepares one size under a memory limit, and runs what it is told to.
+
+On a GPU several steps are enqueued before the first is waited for (a backlog), with a CUDA event around each. A step so
+takes the larger of the CPU's time, which launches it, and of the GPU's: as in training. A CUDA graph is one launch.
+"""
 
 import contextlib
 import functools
@@ -10,6 +14,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,8 +22,11 @@ import torch
 
 from perf import providers
 from perf.providers.base import GRAPHS, Provider
-from perf.suite import accuracy, memory, timing
+from perf.suite import accuracy, memory
 from perf.suite.problem import Problem, matmul_precision
+
+BACKLOG = 0.1  # seconds of work that are enqueued together
+FEWEST, MOST, LONG = 3, 20, 0.5  # steps of a backlog; one alone where it takes so many seconds
 
 
 @functools.cache
@@ -28,7 +36,8 @@ def context() -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     found = multiprocessing.get_context("forkserver")
     names = [f"perf.providers.{module.name}" for module in pkgutil.iter_modules(providers.__path__)]
-    found.set_forkserver_preload(["perf.suite.worker", *names, "torch._dynamo"])  # what is not installed is passed over
+    others = ["torch._dynamo", "pytorch_metric_learning.losses"]  # what is not installed is passed over
+    found.set_forkserver_preload(["perf.suite.worker", *names, *others])
     return found
 
 
@@ -42,7 +51,7 @@ class Worker:
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
         self.pipe, end = context().Pipe()
-        self.process = context().Process(target=serve, args=(end, name, providers.SOURCES.get(name), threads))
+        self.process = context().Process(target=serve, args=(end, name, threads, providers.class_of(name).source))
         self.process.start()
         end.close()
         self.alive = True
@@ -80,7 +89,7 @@ class Worker:
             self.process.join()
 
 
-def serve(pipe: Connection, name: str, source: str | None, threads: int) -> None:
+def serve(pipe: Connection, name: str, threads: int, source: str) -> None:
     """Answer (whether it went well, answer or reason) until the pipe is closed."""
     torch.set_num_threads(threads)
     if source:
@@ -146,7 +155,7 @@ class Desk:
         """Its errors at `accuracy.small(problem)`; the files are of that size."""
         return accuracy.errors(self.fresh(problem, files), problem)
 
-    def supports(self, problem: Problem) -> str | None:
+    def supports(self, problem: Problem) -> str:
         return providers.make(self.name).supports(problem)
 
     def prepare(self, problem: Problem, files: tuple[str, ...]) -> None:
@@ -180,13 +189,13 @@ class Desk:
 
         if mode not in self.calls:  # its first step: what it compiles is not measured
             self.calls.clear()  # a graph's memory is its own as long as it exists
-            call = timing.captured(launched) if mode in GRAPHS else launched
+            call = captured(launched) if mode in GRAPHS else launched
             call()
-            self.calls[mode] = call, timing.backlog_length(timing.backlog(call, device, 1)[0][0])
+            self.calls[mode] = call, backlog_length(backlog(call, device, 1)[0][0])
         call, count = self.calls[mode]
         if self.cold:
             call()
-        times, result = timing.backlog(call, device, count)
+        times, result = backlog(call, device, count)
         # Others need the GPU's memory too: what the allocator only holds in reserve goes back if it is much.
         spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         self.cold = spare > torch.cuda.mem_get_info(device)[1] / 16
@@ -196,3 +205,42 @@ class Desk:
 
     def peak(self, mode: str) -> dict[str, float]:
         return memory.peak(self.provider, mode)
+
+
+def backlog(call: Callable[[], object], device: str, count: int) -> tuple[list[float], object]:
+    """Seconds of each of `count` calls on a GPU, none of which is waited for; and what the last returned."""
+    torch.cuda.synchronize(device)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        result = call()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(stop) / 1e3 for start, stop in pairwise(marks)], result
+
+
+def backlog_length(took: float) -> int:
+    """How many steps of `took` seconds to enqueue together."""
+    return 1 if took > LONG else max(FEWEST, min(MOST, int(BACKLOG / max(took, 1e-9))))
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A call that replays `step` from a CUDA graph, and returns what the captured one returned.
+
+    It runs beside the default stream first, so that kernels are compiled and buffers made before they are captured.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay

@@ -29,8 +29,8 @@ def call(*words: str, code: int = 0) -> str:
 @pytest.mark.parametrize(("words", "said"), [
     ("run --plan nope", "'nope' is not among"), ("run --classes many", "'many' is no whole number"),
     ("run --losses arc", "losses are among"), ("run --providers nobody", "no provider 'nobody'"),
-    ("run --providers liger", "not arcface: use --losses softmax"), ("run --provider missing.py:Head", "missing.py"),
-    ("run --dtype fp64", "not float64: use --dtype float32"), ("run --dtype tf32", "need a GPU, --device cuda"),
+    ("run --providers liger", "it has --losses softmax"), ("run --provider missing.py:Head", "missing.py"),
+    ("run --dtype fp64", "--dtype float32|bfloat16"), ("run --dtype tf32", "need a GPU, --device cuda"),
     ("run --device cuda", "no GPU"), ("report nowhere", "no results.csv in nowhere"),
     ("compare nowhere nowhere", "no results.csv in nowhere"), ("audit --target sm_1", "'sm_1' is not among"),
     ("plan --optimizer lion", "lion"), ("gate --out gate", "GPU"), ("nonsense", "nonsense"),
@@ -79,13 +79,11 @@ def test_results_go_to_a_folder_that_is_not_committed(words: list[str], name: st
 
 def test_a_run_has_a_page_equals_itself_and_measures_an_edited_head_again(tmp_path: Path, monkeypatch: Any) -> None:
     grid = f"--tiny --classes 300 --dim 8 --batch 4 --losses cosface --providers ours,plain --out {tmp_path} --provider"
-    kinds, head = dict(providers.discover().providers), tmp_path / "head.py"
+    kinds, head = dict(providers.discover()), tmp_path / "head.py"
     head.write_text((ROOT / "examples/my_head.py").read_text())
     assert f"tritonmargin {tm.__version__}" in call("--version")
     for number in "122":  # the third time nothing is left to do
-        found = providers.Found(dict(kinds), {})  # as in a process of its own
-        monkeypatch.setattr(providers, "SOURCES", {})
-        monkeypatch.setattr(providers, "discover", lambda found=found: found)
+        monkeypatch.setattr(providers, "discover", lambda found=dict(kinds): found)  # as in a process of its own
         call("run", *grid.split(), f"{head}:MyHead")
         rows = results.load(tmp_path).rows.groupby("provider")
         assert {name: {*part["run"]} for name, part in rows} == {"ours": {"1"}, "plain": {"1"}, "my-head": {number}}

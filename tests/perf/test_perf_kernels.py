@@ -25,11 +25,14 @@ from tritonmargin.backends import tiles
 
 pd = pytest.importorskip("pandas")
 
-HERE = lambda work, asked, progress: [work(each) for each in asked]  # noqa: E731  in this process
 COUNTED = ("bfloat16", "tf32", "float32")
 SOME = ("", "sgd", "adamw", "label smoothing", "a sample, W in float32", "hinge, bias, statistics")
 pytestmark = cpu_only
 once = pytest.mark.xdist_group("audit")  # what is compiled is for one worker
+
+
+def in_this_process(work: Callable[[Any], Any], asked: list[Any], progress: object) -> list[Any]:
+    return [work(each) for each in asked]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_budgets_fail_on_what_is_not_declared(
 ) -> None:
     assert set(audit.budgets(audited)["met"]) <= {"yes", "no, as declared"}
     spill, few, units = audit.NO_SPILL, audit.FEW_SPILLS, audit.MATRIX_UNITS
-    why = audit.Declared("sm_90", spill, lambda line: line.case == "loss" and line.spills <= 8, "a reason")
+    why = audit.Declared("sm_90", spill, ("loss",), ("bfloat16",), "a reason", spills=8)
     monkeypatch.setattr(audit, "DECLARED", (why,))
     for case, changes, budget, expected in (
         ("classes", {"spills": 8}, spill, "NO"), ("weigh", {"spill_instructions": 1}, spill, "NO"),
@@ -166,7 +169,7 @@ def test_pick_tiles_reads_the_fastest_that_does_not_spill(tmp_path: Path, monkey
             call()
         return next(times)
 
-    monkeypatch.setattr(tune, "in_processes", HERE)
+    monkeypatch.setattr(tune, "in_processes", in_this_process)
     monkeypatch.setattr(tune, "compile_with", compile_with)
     monkeypatch.setattr(tune, "candidates", lambda gpu, dtype: iter((slow, good, spilling)))
     monkeypatch.setattr(cases, "this_gpu", lambda index: tiles.Device("sm_103", 148, 180 << 30))
@@ -186,7 +189,7 @@ def test_without_a_gpu_what_could_be_used_is_listed(monkeypatch: pytest.MonkeyPa
     some = [tile for tile in tune.candidates(GPUS["sm_80"], "bfloat16") if tile.block_d == 64][:2]
     too_few = some[0]._replace(registers=32)
     monkeypatch.setattr(tune, "candidates", lambda gpu, dtype: iter((too_few, *some)))
-    monkeypatch.setattr(tune, "in_processes", HERE)
+    monkeypatch.setattr(tune, "in_processes", in_this_process)
     frame = tune.usable(["sm_80"], ["bfloat16"], lambda *_: None)
     assert frame[["usable", "registers"]].to_numpy().tolist() == [[True, 0], [True, 0], [False, 32]]
 

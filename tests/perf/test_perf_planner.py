@@ -19,6 +19,13 @@ pd = pytest.importorskip("pandas")
 
 REPORTS, BACKWARD = ROOT / "reports", "update in backward"
 HUGE = Head(100_000_000, 512, 512, ranks=64, compute_item=2)
+# Launches and operations of the device in a step that nobody may add to; a chunk more may take three more.
+LIMITS = {
+    "arcface": 12, "cosface": 12, "softmax": 12, "arcface, RowSGD in backward": 14,
+    "arcface, float32 W under autocast": 14, "arcface, label smoothing 0.1": 14, "arcface, a tenth sampled": 20,
+    "a user's own margin": 45, "arcface, 4 chunks": 12 + 3 * 3,
+}  # fmt: skip
+FEW_VIEWS = tuple(LIMITS)[:6]
 
 
 @pytest.mark.parametrize("head", [
@@ -111,11 +118,11 @@ def test_the_page_of_published_sizes(tmp_path: Path) -> None:
 def test_counts_are_those_that_are_committed() -> None:
     """No step does more products, passes, operations, launches or allocations than the last time somebody looked."""
     found = counting.counts()
-    assert counting.grown(counting.committed(), found) == counting.over(found) == []
+    assert counting.grown(counting.committed(), found) == []
     on_gpu = {name.removeprefix(counting.ON_GPU): each for name, each in found.items() if "views" in each}
-    if on_gpu:
-        assert on_gpu.keys() >= step_ops.LIMITS.keys()
-        assert max(on_gpu[case]["views"] for case in step_ops.FEW_VIEWS) <= step_ops.MOST_VIEWS
+    for case, most in LIMITS.items() if on_gpu else ():
+        assert on_gpu[case]["launches"] + on_gpu[case]["device"] <= most
+        assert on_gpu[case]["views"] <= 24 or case not in FEW_VIEWS
     products = {name: value["flops"] / (2 * 64 * 64 * 5000) for name, value in found.items() if "flops" in value}
     for name, expected in {"ours, no-grad": 1, f"ours, {STEP}": 4, "ours, frozen W": 3, f"ours-retain, {STEP}": 3,
                            f"ours-in-backward, {WHOLE}": 4, f"ours-sampled, {STEP}": 0.4}.items():  # fmt: skip
@@ -136,8 +143,6 @@ def test_more_work_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert counting.grown(before, now) == told
     counting.write(now)
     assert counting.committed() == now | {gpu: {"launches": 5}}
-    assert counting.over({gpu: {"launches": 8, "device": 4}}) == []
-    assert counting.over({gpu: {"launches": 8, "device": 5}}) == [f"{gpu}: 8 launches and 5 operations, over 12"]
     assert len(counting.PATH.read_text().splitlines()) == 3 + 2
 
 
@@ -162,5 +167,5 @@ def test_an_operation_counts_once_and_a_view_is_none() -> None:
 def test_the_time_of_dispatching_is_taken_without_ttsem() -> None:
     """Held loosely, for a machine that has other work: perf step-ops prints it."""
     for case in ("arcface", "arcface, 4 chunks"):
-        assert 0 < step_ops.host_time(step_ops.CASES[case]) < 5 * step_ops.MOST_HOST_US
-    assert step_ops.host_time(step_ops.CASES["arcface, a tenth sampled, RowSGD in backward"]) > 0
+        assert 0 < step_ops.host_time(case) < 5 * 300
+    assert step_ops.host_time("arcface, a tenth sampled, RowSGD in backward") > 0

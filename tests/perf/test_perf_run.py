@@ -55,14 +55,17 @@ class Scripted:
 def script(monkeypatch: pytest.MonkeyPatch):
     def measure(times: dict[str, list[float]], loss: Any = (), device: str = "cpu", modes: Any = (STEP,)) -> Any:
         order: list[str] = []
-        made = lambda name, threads: Scripted(name, times[name], dict(loss).get(name, 7.0), order)  # noqa: E731
-        monkeypatch.setattr(rounds, "Worker", made)
+
+        def worker(name: str, threads: int) -> Scripted:
+            return Scripted(name, times[name], dict(loss).get(name, 7.0), order)
+
+        monkeypatch.setattr(rounds, "Worker", worker)
         p = replace(SMALL, device=device)
         cases = [Case(p, name, mode) for name in times if name != "gemm" for mode in modes]
-        run = measure.run = rounds.Rounds(Budget(3, 3, 0.0, 50.0), 1)
+        run = measure.run = rounds.Rounds(Budget(3, 0.0, 50.0), 1)
         run.history.add(Case(replace(p, classes=p.classes // 10), "pml", STEP), 9.0)
-        block = run.measure(cases, lambda words: None)
-        return pd.DataFrame(block.rows).set_index("provider"), pd.DataFrame(block.samples), order
+        rows, samples = run.measure(cases, lambda words: None)
+        return pd.DataFrame(rows).set_index("provider"), pd.DataFrame(samples), order
 
     return measure
 
@@ -95,7 +98,7 @@ def test_who_hangs_is_a_row_at_every_size_and_waited_for_once(command: str, scri
     rows, _, order = script({"gemm": [1] * 12, "ours": [1] * 8, "plain": []}, {"plain": command})
     assert rows.at["plain", "note"].endswith("stopped after 60 s")
     larger = [Case(replace(SMALL, d=16, loss="cosface"), name, STEP) for name in ("ours", "plain")]
-    ours, plain = script.run.measure(larger, lambda words: None).rows
+    ours, plain = script.run.measure(larger, lambda words: None)[0]
     assert (ours["samples"], plain["samples"], order.count("plain hangs")) == (3, 0, 1)
     assert plain["note"] == f"not run: {rows.at['plain', 'note']}, at {SMALL.title}"
 
@@ -110,9 +113,9 @@ def test_a_step_past_the_budget_is_measured_once_and_predicted_elsewhere(script)
     history.add(Case(replace(SMALL, n=24), "plain", STEP), 3.0)
     for other, seconds in (({"classes": 600}, 6.0), ({"n": 24, "classes": 600}, 9.0), ({"d": 32}, 4.0)):
         assert history.predict(Case(replace(SMALL, **other), "plain", STEP)) == pytest.approx(seconds)
-    # Five rounds, then until 1 s are over; three of long steps are enough.
-    budget, asked = Budget(5, 15, 1.0, 10.0, patience=12.0), ((4, 11.0), (5, 0.9), (5, 1.0), (2, 12.0), (3, 12.0))
-    assert [budget.another(*each) for each in asked] == [True, True, False, True, False]
+    # Three rounds, then until 1 s is over or there were five.
+    asked = ((2, 12.0), (3, 0.9), (3, 1.0), (4, 0.9), (5, 0.9))
+    assert [Budget(5, 1.0, 10.0).another(*each) for each in asked] == [True, True, False, True, False]
 
 
 def test_a_matrix_that_does_not_fit_is_a_row_before_anything_is_filled(script, monkeypatch) -> None:
@@ -128,17 +131,16 @@ def test_a_second_run_of_a_size_keeps_what_it_did_not_measure_and_tries_again_wh
     rows, samples, wanted = {}, [], {results.key_of(fp32_line(name, STEP)) for name in ("plain", "pml")}
     for number, seconds in enumerate(({"ours": 1, "plain": 30}, {"ours": 2, "plain": 0, "pml": 3}, {"pml": 20})):
         made = [fp32_line(name, STEP, run=number, samples=5 * (s > 0), seconds=s) for name, s in seconds.items()]
-        results.add_block(rows, samples, results.Block(made, [row for row in made if row["samples"]]), wanted)
+        results.add_block(rows, samples, (made, [row for row in made if row["samples"]]), wanted)
     assert [(row["provider"], row["run"]) for row in rows.values()] == [("ours", 0), ("plain", 0), ("pml", 2)]
     taken = [(line["provider"], line["run"]) for line in samples]
     assert taken == [("ours", 0), ("plain", 0), ("ours", 1), ("pml", 2)]
     # What was not installed is tried again when it is.
-    for provider, note, expected in (
-        ("plain", "some: No module named 'some'", True), ("nobody", "no provider 'nobody'", False),
-        ("pml", "out of memory: 9 GB", False), ("ours", "not begun: no time", True), ("ours", "", False),
-        ("liger", "nobodys_package is not installed", False), ("cce", "torch is not installed", True),
+    for note, expected in (
+        ("out of memory: 9 GB", False), ("not begun: no time", True), ("", False),
+        ("nobodys_package is not installed", False), ("torch is not installed", True),
     ):  # fmt: skip
-        assert results.is_open(fp32_line(provider, STEP, note=note)) == expected
+        assert results.is_open(fp32_line("cce", STEP, note=note)) == expected
 
 
 FACTS = machine.describe() | {"threads": 1, "plan": "tiny"}
@@ -146,7 +148,7 @@ TINY = Grid((300,), (16,), (8,), providers=("ours", "plain"), modes=(STEP,))
 
 
 def run(folder: Path, grid: Grid, minutes: float = 9.0, **how: Any) -> results.Results:
-    return runner.run_plan(Plan((grid,), Budget(2, 2, 0.0, 5.0, minutes=minutes)), folder, FACTS, **how)
+    return runner.run_plan(Plan((grid,), Budget(2, 0.0, 5.0, minutes=minutes)), folder, FACTS, **how)
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_another_machines_folder_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"another machine: .*{value}"):
             run(tmp_path, TINY)
     results.save(tmp_path, results.load(tmp_path)._replace(runs={"1": FACTS | {"commit": "x", "date": "1999-01-01"}}))
-    assert results.another_machine(tmp_path, FACTS) == ""
+    assert results.of_this_machine(tmp_path, FACTS).runs
     assert machine.one_line({"gpu": "H200", "gpu_memory_gib": 139.8, "date": "1999"}) == "H200, 139.8 GiB; 1999"
     assert f"{FACTS['memory_gib']} GiB, torch {FACTS['torch']}, 1 threads; " in machine.one_line(FACTS)
 
@@ -216,11 +218,11 @@ def test_the_gpu_plan_begins_with_what_is_asked_first() -> None:
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({"providers": ("liger",)}, "liger can do nothing of what is asked: it does softmax, not arcface: use --losses so"),
+    ({"providers": ("liger",)}, "liger can do nothing of what is asked, it has --losses softmax, --dtype float32"),
     ({"providers": ("ours", "insightface")}, "insightface can do nothing"), ({"modes": (GRAPH,)}, "need a GPU"),
     ({"dtypes": ("tf32",)}, "need a GPU"), ({"providers": ("nobody",)}, "no provider 'nobody'"),
     ({"losses": ("arcfase",)}, "losses are among"), ({"classes": (0,)}, "classes must be positive"),
 ])  # fmt: skip
 def test_a_grid_of_your_own_says_what_it_cannot_do(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Plan((plans.custom_grid(**given),), Budget(1, 1, 0.0, 1.0)).check()
+        Plan((plans.custom_grid(**given),), Budget(1, 0.0, 1.0)).check()

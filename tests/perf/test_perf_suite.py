@@ -6,7 +6,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import types
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,21 +18,19 @@ from perf_cases import SMALL, ready
 
 from perf import providers
 from perf.providers.base import GRAPH, GRAPHS, MODES, STEP, WHOLE
-from perf.suite import accuracy, memory, plans, timing
+from perf.suite import accuracy, memory, plans
 from perf.suite.problem import Problem
-from perf.suite.worker import Desk, Failed, Worker
+from perf.suite.worker import Desk, Failed, Worker, backlog_length
 
-FOUND = providers.discover().providers
+FOUND = providers.discover()
 # Of torch.compile the formula is `plain`'s; the check at N = 64 is one chunk of torch's 64 rows.
 NOT_HERE = {plans.BASELINE, "plain-compiled", "torch-lce-rows64", *plans.ON_GPU}
 ON_CPU = [name for name in FOUND if name not in NOT_HERE]
 
 
 def test_names_options_and_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pytorch_metric_learning.losses", None)
-    monkeypatch.delitem(sys.modules, "perf.providers.metric_learning", raising=False)
-    found = providers.discover.__wrapped__()
-    assert "pytorch_metric_learning" in found.skipped["metric_learning"]
+    monkeypatch.setattr("perf.providers.base.find_spec", lambda name: None)
+    assert providers.make("pml").supports(SMALL) == "pytorch_metric_learning is not installed"
     assert providers.make("ours:retain=0.5:chunk_bytes=1000").chosen == {"retain": 0.5, "chunk_bytes": 1000}
     assert providers.title("ours:retain=0.5") == "tritonmargin, retain=0.5"
     for name, said in {"nobody": "no provider", "ours:what=1": "no option 'what'", "ours:retain=x": "'x'"}.items():
@@ -105,8 +102,7 @@ class Bare:
     ({"step": "self.x.sum()"}, "x or weight got no gradient"),
 ])  # fmt: skip
 def test_a_mistake_in_your_own_head_is_a_line(given: Any, said: str, tmp_path: Path, monkeypatch: Any) -> None:
-    found = providers.Found(dict(FOUND), {})
-    monkeypatch.setattr(providers, "SOURCES", {})
+    found = dict(FOUND)
     monkeypatch.setattr(providers, "discover", lambda: found)
     words = {"name": "mine", "losses": "('softmax',)", "step": "1.0", "more": "", "of": "Head", "file": "heads.py"}
     words |= given
@@ -193,7 +189,7 @@ def test_on_a_gpu_steps_are_enqueued_before_one_is_waited_for_and_a_graph_is_war
     # Before it one step that compiles, and a second that says how long one takes.
     assert log == ["step", "wait", "event", "step", "event", "wait", *backlog]
     assert fake.step(STEP)[2] == backlog
-    assert [timing.backlog_length(took) for took in (1e-4, 0.009, 0.2, 1.7)] == [20, 11, 3, 1]
+    assert [backlog_length(took) for took in (1e-4, 0.009, 0.2, 1.7)] == [20, 11, 3, 1]
     took, loss, log = fake.step(GRAPH)
     assert (took, loss) == (pytest.approx(0.001), right)
     assert log[:6] == ["beside", "step", "step", "step", "capture", "step"]
