@@ -8,6 +8,7 @@ and compiled down to machine code. "interpreter": CPU tensors through Triton's i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -36,12 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device("cuda")
     if not MACHINE.startswith("ttsem"):
         return
+    from ttsem_modules import made_once
+
     from perf.kernels.ttsem import played
 
-    session = played(int(MACHINE.removeprefix("ttsem-")), to_the_end=os.environ.get("TRITONMARGIN_EVERY") == "1")
-    config.ttsem_state = session.__enter__()
-    config.ttsem_modules = lambda: len(config.ttsem_state.modules.made)
-    config.add_cleanup(lambda: session.__exit__(None, None, None))
+    sessions = contextlib.ExitStack()
+    modules = sessions.enter_context(made_once(to_the_end=os.environ.get("TRITONMARGIN_EVERY") == "1"))
+    config.ttsem_state = sessions.enter_context(played(int(MACHINE.removeprefix("ttsem-"))))
+    config.ttsem_state.modules = modules
+    config.ttsem_modules = lambda: len(modules.made)
+    config.add_cleanup(sessions.close)
     # Buffers that the library makes hold nan until somebody writes them.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -16,22 +16,15 @@ MISSING = (
 
 
 @contextmanager
-def played(capability: int = 90, to_the_end: bool = False) -> Iterator[Any]:
-    """Tensors say that they are on the GPU, and launches run here; what ttsem saw, and `modules`, what it executed.
-
-    to_the_end: kernels are compiled down to machine code, not only to the module that is executed.
-    """
+def played(capability: int = 90) -> Iterator[Any]:
+    """Tensors say that they are on the GPU, and launches run here; what ttsem saw."""
     try:
         from ttsem import sanitize
-
-        from perf.kernels.modules import made_once
     except ModuleNotFoundError as error:
         raise RuntimeError(MISSING) from error
 
     with (
-        made_once(to_the_end) as modules,
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),  # it has no graphs
         sanitize.session(cc=capability) as state,
     ):
-        state.modules = modules
         yield state

@@ -108,8 +108,10 @@ def test_a_spill_is_seen() -> None:
 
 def executed(dtype: str) -> Iterator[tuple[str, float, float, int, int]]:
     """Bytes and flops of every kernel by formula, and counted while it runs under ttsem as code for sm_90."""
+    from ttsem_modules import made_once
+
     n, d, c = 128, 64, 384  # whole tiles, and several of them
-    with played():
+    with made_once(to_the_end=False), played():
         size = model.size_of(n, d, c, dtype, GPUS["sm_90"], dtype == "tf32")
         with cases.on(GPUS["sm_90"]):
             launches = cases.launches([""], dtype, n, d, c, device="cuda", runs=True)
