@@ -16,7 +16,7 @@ import pandas as pd
 import triton
 
 from perf.kernels import cases
-from perf.kernels.cases import DTYPES
+from perf.kernels.cases import ADAMW, DTYPES, HEAVIEST, SGD
 from perf.kernels.compile import AHEAD, MATRIX, Compiled, Progress, compiled_on, in_processes
 from perf.kernels.gpus import GPUS
 
@@ -40,15 +40,21 @@ class Declared(NamedTuple):
 
     target: str
     budget: str
-    cases: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    why: str
+    cases: Names
+    dtypes: Names = tuple(DTYPES)
+    why: str = ""
     spills: int = TOLERATED  # bytes at most
 
 
-TIGHT = "wants a few bytes more than the registers that let a second block in"
+REGISTERS = "wants a few bytes more than the registers that let a second block in."
+POWERS = "float16's powers of two beside an update in backward leave one block a processor, or spill."
 DECLARED = (
-    Declared("sm_90", NO_SPILL, ("weigh, everything",), ("bfloat16",), f"sm_90: all that a loss may ask for {TIGHT}."),
+    Declared("sm_90", NO_SPILL, ("weigh, everything", "finish, statistics"), why=f"sm_90: all at once {REGISTERS}"),
+    Declared("sm_90", NO_SPILL, ("finish",), ("tf32",), f"sm_90: a float32 row of the gradient {REGISTERS}"),
+    Declared("sm_80", NO_SPILL, ("reduce, statistics", HEAVIEST), why=f"sm_80: the hardest class {REGISTERS}"),
+    Declared("sm_100", NO_SPILL, (HEAVIEST,), why=f"sm_100: all at once {REGISTERS}"),
+    Declared("sm_100", NO_SPILL, (SGD, ADAMW), ("float16",), f"sm_100: {POWERS}", spills=4096),
+    Declared("sm_100", OVERLAPPED, (SGD, ADAMW), ("float16",), f"sm_100: {POWERS}", spills=4096),
 )
 
 
