@@ -19,13 +19,6 @@ pd = pytest.importorskip("pandas")
 
 REPORTS, BACKWARD = ROOT / "reports", "update in backward"
 HUGE = Head(100_000_000, 512, 512, ranks=64, compute_item=2)
-# Launches and operations of the device in a step that nobody may add to; a chunk more may take three more.
-LIMITS = {
-    "arcface": 12, "cosface": 12, "softmax": 12, "arcface, RowSGD in backward": 14,
-    "arcface, float32 W under autocast": 14, "arcface, label smoothing 0.1": 14, "arcface, a tenth sampled": 20,
-    "a user's own margin": 45, "arcface, 4 chunks": 12 + 3 * 3,
-}  # fmt: skip
-FEW_VIEWS = tuple(LIMITS)[:6]
 
 
 @pytest.mark.parametrize("head", [
@@ -119,10 +112,6 @@ def test_counts_are_those_that_are_committed() -> None:
     """No step does more products, passes, operations, launches or allocations than the last time somebody looked."""
     found = counting.counts()
     assert counting.grown(counting.committed(), found) == []
-    on_gpu = {name.removeprefix(counting.ON_GPU): each for name, each in found.items() if "views" in each}
-    for case, most in LIMITS.items() if on_gpu else ():
-        assert on_gpu[case]["launches"] + on_gpu[case]["device"] <= most
-        assert on_gpu[case]["views"] <= 24 or case not in FEW_VIEWS
     products = {name: value["flops"] / (2 * 64 * 64 * 5000) for name, value in found.items() if "flops" in value}
     for name, expected in {"ours, no-grad": 1, f"ours, {STEP}": 4, "ours, frozen W": 3, f"ours-retain, {STEP}": 3,
                            f"ours-in-backward, {WHOLE}": 4, f"ours-sampled, {STEP}": 0.4}.items():  # fmt: skip
@@ -162,10 +151,3 @@ def test_an_operation_counts_once_and_a_view_is_none() -> None:
         event for event in step_ops.recorded(lambda: x.new_empty(3).fill_(0.0).fill_(1.0)) if event.cpu_parent is None
     ]
     assert list(step_ops.operations(outermost, poisoned=True)) == [("new_empty", False), ("fill_", True)]
-
-
-def test_the_time_of_dispatching_is_taken_without_ttsem() -> None:
-    """Held loosely, for a machine that has other work: perf step-ops prints it."""
-    for case in ("arcface", "arcface, 4 chunks"):
-        assert 0 < step_ops.host_time(case) < 5 * 300
-    assert step_ops.host_time("arcface, a tenth sampled, RowSGD in backward") > 0
