@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from tritonmargin.arguments import FLOATS
 from tritonmargin.class_pass.op import seen_as_ops
 from tritonmargin.margins import Margin
 from tritonmargin.spec import LossInputs
 
+# What a caller calls the tensors of a loss.
+NAMES = {name: name for name in LossInputs._fields}
 
-def check_inputs(inputs: LossInputs, sharded: bool) -> None:
+
+def check_inputs(inputs: LossInputs, sharded: bool, names: Mapping[str, str] = NAMES) -> None:
     """Everything that shapes, dtypes and devices can tell. What labels hold is looked at in `positions`."""
-    check_matrix("embeddings", inputs.embeddings, "[N, D]")
-    check_matrix("weight", inputs.weight, "[C, D]")
+    x, w = names["embeddings"], names["weight"]
+    check_matrix(x, inputs.embeddings, "[N, D]")
+    check_matrix(w, inputs.weight, "[C, D]")
     n, d = inputs.embeddings.shape
     classes, width = inputs.weight.shape
     if width != d:
-        raise ValueError(f"embeddings and weight must have the same width D, got {d} and {width}")
+        raise ValueError(f"{x} and {w} must have the same width D, got {d} and {width}")
     if d < 1 or (classes < 1 and not sharded):
-        raise ValueError(f"weight must have at least one class and one column, got shape {(classes, width)}")
+        raise ValueError(f"{w} must have at least one class and one column, got shape {(classes, width)}")
     check_integers("target", inputs.target)
     if inputs.target.ndim != 1 or inputs.target.shape[0] != n:
         raise ValueError(f"target must have shape [N] = [{n}], got {tuple(inputs.target.shape)}")
     for name in ("bias", "class_weight"):
         vector = getattr(inputs, name)
         if vector is not None:
-            check_class_vector(name, vector, classes)
+            check_class_vector(names[name], vector, classes)
     if inputs.class_ids is not None:
         check_ids(inputs.class_ids)
     device = inputs.embeddings.device
     for name in ("weight", "target", "bias", "class_ids", "class_weight"):
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, embeddings on {device}: use one device")
+            raise ValueError(f"{names[name]} is on {tensor.device}, {x} on {device}: use one device")
 
 
 def check_margin(margin: Margin) -> None:
@@ -68,11 +74,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{name} is a DTensor: a loss takes plain tensors. For classes that are split over ranks make a "
             f"MarginSoftmaxLoss with process_group=; or pass {name}.full_tensor(), which gathers it"
         )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch._")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
 
 
 def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
     check_tensor(name, tensor)
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.ndim != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
@@ -80,8 +89,8 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
 
 def check_class_vector(name: str, vector: Tensor, classes: int) -> None:
     check_tensor(name, vector)
-    if not vector.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {vector.dtype}")
+    if vector.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {vector.dtype}")
     if tuple(vector.shape) != (classes,):
         raise ValueError(f"{name} must have shape [C] = [{classes}], got {tuple(vector.shape)}")
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tritonmargin.checks import NAMES
 from tritonmargin.loss import compute_loss
 from tritonmargin.margins import Margin, Softmax
 from tritonmargin.spec import LossInputs, LossOptions, Stats
+
+# What torch calls the tensors of `linear_cross_entropy`.
+LINEAR = NAMES | {"embeddings": "input", "weight": "linear_weight", "bias": "linear_bias", "class_weight": "weight"}
 
 
 def margin_cross_entropy(
@@ -119,16 +123,12 @@ def linear_cross_entropy(
         ValueError, TypeError: as `margin_cross_entropy`.
     """
     single = isinstance(input, Tensor) and isinstance(target, Tensor) and input.ndim == 1 and target.ndim == 0
-    loss = margin_cross_entropy(
-        input[None] if single else input,
-        linear_weight,
-        target[None] if single else target,
-        Softmax(),
-        bias=linear_bias,
-        class_weight=weight,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=label_smoothing,
+    x, y = (input[None], target[None]) if single else (input, target)
+    options = LossOptions(
+        ignore_index=-100 if ignore_index is None else ignore_index, label_smoothing=label_smoothing,
         reduction=reduction,
-    )
+    )  # fmt: skip
+    inputs = LossInputs(x, linear_weight, y, linear_bias, None, weight)
+    loss = compute_loss(inputs, Softmax(), options, names=LINEAR)
     assert isinstance(loss, Tensor)
     return loss[0] if single and reduction == "none" else loss

@@ -45,6 +45,7 @@ def compute_loss(
     sampler: Sampler | None = None,
     updater: RowOptimizer | None = None,
     also: Mapping[str, object] | None = None,
+    names: Mapping[str, str] = checks.NAMES,
 ) -> Tensor | tuple[Tensor, Stats]:
     """`margin_cross_entropy`, and what only a module can ask for.
 
@@ -53,9 +54,10 @@ def compute_loss(
     sampler: draws class_ids when the labels of all ranks are known.
     updater: an optimizer that updates the rows of `weight` while backward finishes their gradient.
     also: settings that must be alike on all ranks, beside those that are given here.
+    names: what errors call the inputs.
     """
     try:
-        labels, compute, backend = validated(inputs, margin, options, ranks, updater)
+        labels, compute, backend = validated(inputs, margin, options, ranks, updater, names)
     except (TypeError, ValueError):
         ranks.announce_error(inputs.weight, SETTINGS)
         raise
@@ -124,14 +126,19 @@ class Samples(NamedTuple):
 
 
 def validated(
-    inputs: LossInputs, margin: Margin, options: LossOptions, ranks: Shard | Single, updater: RowOptimizer | None
+    inputs: LossInputs,
+    margin: Margin,
+    options: LossOptions,
+    ranks: Shard | Single,
+    updater: RowOptimizer | None,
+    names: Mapping[str, str],
 ) -> tuple[Labels, torch.dtype, str]:
     """The labels, the dtype of the products and the name of the backend.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named.
     """
-    checks.check_inputs(inputs, sharded=not ranks.is_single)
+    checks.check_inputs(inputs, not ranks.is_single, names)
     checks.check_margin(margin)
     if updater is not None:
         updater.check_weight(inputs.weight)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tritonmargin.arguments import check_device, check_dtype, check_flag, check_integer, check_name, check_number
 from tritonmargin.checks import check_class_vector, check_margin
 from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.around import Around
@@ -21,7 +22,7 @@ from tritonmargin.margins import ArcFace, Margin
 from tritonmargin.optim.row_optimizer import RowOptimizer
 from tritonmargin.optim.update_rules import mixed
 from tritonmargin.sampling import Sampler
-from tritonmargin.spec import LossInputs, LossOptions, Stats, check_flag, check_name
+from tritonmargin.spec import LossInputs, LossOptions, Stats
 
 ON_NONFINITE = ("raise", "skip")
 
@@ -113,13 +114,15 @@ class MarginSoftmaxLoss(nn.Module):
         super().__init__()
         margin = ArcFace() if margin is None else margin
         try:
-            check_head(embedding_dim, num_classes, margin, class_weight, seed, dtype)
+            check_head(embedding_dim, num_classes, margin, class_weight, seed)
             LossOptions(
-                label_smoothing=label_smoothing, reduction=reduction, objective=objective, sub_centers=sub_centers,
-                logq_correction=logq_correction, sparse_grad=sparse_grad,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, objective=objective,
+                sub_centers=sub_centers, logq_correction=logq_correction, sparse_grad=sparse_grad,
+                retain_bytes=retain_bytes, chunk_bytes=chunk_bytes, memory_budget=memory_budget,
             )  # fmt: skip
             check_flag("bias", bias)
             check_choices(sample_rate, process_group, gradient_for, on_nonfinite)
+            check_place(device, dtype)
             self.embedding_dim = embedding_dim
             self.num_classes = num_classes
             self.margin = margin
@@ -141,6 +144,8 @@ class MarginSoftmaxLoss(nn.Module):
             rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
             self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+            if class_weight is not None and class_weight.is_meta and not self.weight.is_meta:
+                raise ValueError(f"class_weight is on meta, the head's weight on {self.weight.device}: use one device")
             if self.shard is not None and class_weight is not None:
                 class_weight = class_weight[self.shard.start : self.shard.stop].clone()
             self.register_buffer("class_weight", class_weight)
@@ -237,6 +242,7 @@ class MarginSoftmaxLoss(nn.Module):
         sampled = class_ids is not None or sampler is not None
         try:
             check_flag("logq_correction", self.logq_correction)
+            check_nonfinite(self.on_nonfinite)
             options = self.options(return_stats, self.logq_correction and sampled)
         except (TypeError, ValueError):
             ranks.announce_error(self.weight, SETTINGS)
@@ -381,23 +387,12 @@ def words_of(margin: Margin) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", words)  # addresses in memory differ between ranks
 
 
-def check_head(
-    embedding_dim: int,
-    num_classes: int,
-    margin: Margin,
-    class_weight: Tensor | None,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> None:
+def check_head(embedding_dim: int, num_classes: int, margin: Margin, class_weight: Tensor | None, seed: int) -> None:
     """What can be said about a head's tensors before it is made."""
-    for name, size in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+    check_integer("embedding_dim", embedding_dim, 1)
+    check_integer("num_classes", num_classes, 1)
     check_margin(margin)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating point torch.dtype or None, got {dtype!r}")
+    check_integer("seed", seed)
     if class_weight is not None:
         check_class_vector("class_weight", class_weight, num_classes)
 
@@ -409,10 +404,20 @@ def check_choices(
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {process_group!r}")
     check_name("gradient_for", gradient_for, GRADIENT_FOR)
+    check_nonfinite(on_nonfinite)
+
+
+def check_place(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    if device is not None:
+        check_device("device", device)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+
+
+def check_nonfinite(on_nonfinite: str | None) -> None:
     if on_nonfinite is not None:
         check_name("on_nonfinite", on_nonfinite, ON_NONFINITE)
 
 
 def check_sample_rate(rate: float) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
-        raise ValueError(f"sample_rate must be a number between 0 and 1, got {rate!r}")
+    check_number("sample_rate", rate, "a number between 0 and 1", 0.0, 1.0)

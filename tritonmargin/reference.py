@@ -3,8 +3,8 @@
 Nothing here is shared with the class pass or with the margins' own formulas: each margin of `MARGINS` has its target
 cosine written a second time below. It computes in float64 if embeddings or weight are float64, else in float32: float16
 and bfloat16 inputs are upcast first and autocast is off, so a result is as exact as the inputs as given allow, and not
-what plain PyTorch would compute in the low precision. Arguments are those of `tm.margin_cross_entropy` and are not
-checked.
+what plain PyTorch would compute in the low precision. Arguments are those of `tm.margin_cross_entropy`, and are
+checked as there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonmargin.checks import check_inputs, check_margin, check_tensor, positions
 from tritonmargin.margins import (
     ArcFace,
     ASoftmax,
@@ -31,7 +32,7 @@ from tritonmargin.margins import (
     TargetRows,
 )
 from tritonmargin.margins.base import logit_of
-from tritonmargin.spec import Stats
+from tritonmargin.spec import LossInputs, LossOptions, Stats
 
 
 def margin_cross_entropy(
@@ -59,8 +60,12 @@ def margin_cross_entropy(
 
     `sparse_grad` and what is said of memory change nothing: the gradient of weight is always dense.
     """
-    if sub_centers != 1:
-        raise ValueError(f"sub_centers is 1 in this version, got {sub_centers!r}")
+    options = LossOptions(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction, objective=objective,
+        sub_centers=sub_centers, sparse_grad=sparse_grad, retain_bytes=retain_bytes, chunk_bytes=chunk_bytes,
+        memory_budget=memory_budget, return_stats=return_stats, logq_correction=logq_correction,
+    )  # fmt: skip
+    check_call(LossInputs(embeddings, weight, target, bias, class_ids, class_weight), margin, options)
     dtype = torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32
     with torch.autocast(embeddings.device.type, enabled=False):
         # Ignored samples and classes that are not active are left out here and take part in nothing below.
@@ -115,6 +120,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`tm.linear_cross_entropy` from full logits: input [N, D] with target [N], or [D] with a scalar target."""
+    check_tensor("input", input)
+    check_tensor("target", target)
     loss = margin_cross_entropy(
         input if input.ndim == 2 else input[None],
         linear_weight,
@@ -128,6 +135,12 @@ def linear_cross_entropy(
     )
     assert isinstance(loss, Tensor)
     return loss[0] if input.ndim == 1 and reduction == "none" else loss
+
+
+def check_call(inputs: LossInputs, margin: Margin, options: LossOptions) -> None:
+    check_inputs(inputs, sharded=False)
+    check_margin(margin)
+    positions(inputs.target, inputs.class_ids, len(inputs.weight), options.ignore_index)
 
 
 def per_sample(objective: str, t: Tensor, others: Tensor) -> Tensor:  # [K], [K, S] with -inf at the target -> [K]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonmargin.arguments import check_integer
 from tritonmargin.backends.registry import current_backend, falling_back, why_not_triton
 from tritonmargin.checks import check_integers
 from tritonmargin.class_pass.op import seen_as_ops
@@ -30,19 +31,28 @@ def sample_classes(
             them.
 
     Raises:
-        ValueError: num_samples or num_classes out of range, target not one-dimensional.
-        TypeError: labels that are not integers.
+        ValueError: num_samples or num_classes out of range, target not one-dimensional, generator elsewhere.
+        TypeError: labels, or sizes, that are not integers; a generator that is none.
     """
     check_integers("target", target)
     if target.ndim != 1:
         raise ValueError(f"target must have shape [N], got {tuple(target.shape)}")
-    for name, number, lowest in (("num_classes", num_classes, 1), ("num_samples", num_samples, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
-            raise ValueError(f"{name} must be an integer >= {lowest}, got {number!r}")
+    check_integer("num_classes", num_classes, 1)
+    check_integer("num_samples", num_samples, 0)
     if num_samples > num_classes:
         raise ValueError(f"num_samples must be <= num_classes = {num_classes}, got {num_samples}")
+    check_generator(generator, target.device)
     state = torch.empty(2, dtype=torch.int64, device=target.device).random_(generator=generator)
     return draw(target.long(), state, 0, num_classes, num_samples)
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, target on {device}: use one device")
 
 
 class Sampler:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tritonmargin.arguments import check_bytes, check_flag, check_integer, check_name, check_number
 from tritonmargin.objectives import OBJECTIVES
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,19 +47,21 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         check_name("reduction", self.reduction, REDUCTIONS)
-        check_name("objective", self.objective, tuple(OBJECTIVES))
+        check_name("objective", self.objective, OBJECTIVES)
         check_smoothing(self.label_smoothing, self.objective)
+        check_integer("sub_centers", self.sub_centers, 1)
         if self.sub_centers != 1:
-            raise ValueError(f"sub_centers is 1 in this version, got {self.sub_centers!r}")
+            raise ValueError(f"sub_centers is 1 in this version, got {self.sub_centers}")
         for name in ("sparse_grad", "return_stats", "logq_correction"):
             check_flag(name, getattr(self, name))
         if self.logq_correction:
             check_correction(self.label_smoothing, self.objective)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        check_integer("ignore_index", self.ignore_index)
         check_bytes("retain_bytes", self.retain_bytes)
-        check_bytes("chunk_bytes", 1 if self.chunk_bytes is None else self.chunk_bytes)
-        check_bytes("memory_budget", 0 if self.memory_budget is None else self.memory_budget)
+        if self.chunk_bytes is not None:
+            check_bytes("chunk_bytes", self.chunk_bytes, 1)
+        if self.memory_budget is not None:
+            check_bytes("memory_budget", self.memory_budget)
 
 
 class Stats(NamedTuple):
@@ -155,21 +158,8 @@ class InputGrads(NamedTuple):
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def check_flag(argument: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} must be True or False, got {value!r}")
-
-
 def check_smoothing(label_smoothing: float, objective: str) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    check_number("label_smoothing", label_smoothing, "a number between 0 and 1", 0.0, 1.0)
     if label_smoothing and objective != "softmax":
         raise ValueError(f"label_smoothing is defined for objective 'softmax' only, got objective {objective!r}")
 
@@ -182,8 +172,3 @@ def check_correction(label_smoothing: float, objective: str) -> None:
         )
     if label_smoothing:
         raise ValueError("logq_correction with label_smoothing is not defined: the smoothed part is a mean, not a sum")
-
-
-def check_bytes(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < (name == "chunk_bytes"):
-        raise ValueError(f"{name} must be a number of bytes, an integer >= 0 (chunk_bytes: >= 1), got {size!r}")

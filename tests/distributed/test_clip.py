@@ -158,5 +158,5 @@ def test_without_ranks_it_is_torchs(p: float, dtype: torch.dtype) -> None:
     assert tm.clip_grad_norm_([], 1.0) == 0.0
     assert tm.clip_grad_norm_(nn.Parameter(torch.ones(3)), 1.0) == 0.0
     for wrong in (dict(norm_type=0.0), dict(norm_type=-1.0), dict(max_norm=-1.0), dict(max_norm=math.nan)):
-        with pytest.raises(ValueError, match="norm_type must be > 0 and max_norm >= 0"):
+        with pytest.raises(ValueError, match=r"(norm_type|max_norm) must be a number >"):
             tm.clip_grad_norm_(**(dict(parameters=net.parameters(), max_norm=1.0) | wrong))

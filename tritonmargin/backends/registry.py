@@ -122,7 +122,7 @@ def current_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check_name(name: str) -> None:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(map(repr, BACKENDS))}")
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tritonmargin.arguments import check_dtype, check_integer, check_path
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.backends.torch_ops import inverse_norm
 from tritonmargin.distributed.agreement import CheckpointError, Ranks
@@ -50,10 +51,10 @@ def export_centers(
         ValueError: an argument that does not fit.
     """
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in FORMATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, FORMATS))}, got {dtype}")
-    if isinstance(chunk_classes, bool) or not isinstance(chunk_classes, int) or chunk_classes < 1:
-        raise ValueError(f"chunk_classes must be an integer >= 1, got {chunk_classes!r}")
+    check_head(head)
+    check_path("path", path)
+    check_dtype("dtype", dtype, tuple(FORMATS))
+    check_integer("chunk_classes", chunk_classes, 1)
     ranks, shard, path = ranks_of(head), shard_of(head), Path(path)
     writes = shard is None or shard.rank == 0
     unfinished = path.with_name(path.name + ".partial")
@@ -137,6 +138,8 @@ def import_insightface(folder: str | os.PathLike[str], head: MarginSoftmaxLoss) 
         CheckpointError: on all ranks: files are missing, of both kinds, of another number of classes or another width;
             nothing is changed then.
     """
+    check_head(head)
+    check_path("folder", folder)
     ranks_of(head).together(partial(fill, Path(folder), head))
 
 
@@ -199,6 +202,11 @@ def insightface_rows(file: Path) -> Tensor:
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def check_head(head: MarginSoftmaxLoss) -> None:
+    if not isinstance(head, MarginSoftmaxLoss):
+        raise TypeError(f"head must be a MarginSoftmaxLoss, got {type(head).__name__}")
 
 
 def shard_of(head: MarginSoftmaxLoss) -> Shard | None:

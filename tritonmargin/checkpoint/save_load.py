@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from tritonmargin.arguments import check_flag, check_integer, check_name, check_path
 from tritonmargin.checkpoint.manifest import (
     PARTIAL,
     check_metadata,
@@ -74,9 +75,11 @@ def save(
         CheckpointError: on all ranks, with the rank that failed and the cause.
         TypeError, ValueError: an argument that does not fit.
     """
+    check_path("folder", folder)
     check_state(state)
     check_integer("step", step, 0)
     check_integer("keep", keep, 1)
+    check_flag("asynchronous", asynchronous)
     ranks = Ranks(group)
     prepared: Future[dict[str, Any]] = Future()
     try:
@@ -220,9 +223,10 @@ def load(
             checkpoints.
         TypeError, ValueError: an argument that does not fit.
     """
+    check_path("folder", folder)
     check_state(state)
-    if resize not in (None, "grow"):
-        raise ValueError(f"resize must be None or 'grow', got {resize!r}")
+    if resize is not None:
+        check_name("resize", resize, ("grow",))
     if step is not None:
         check_integer("step", step, 0)
     ranks = Ranks(group)
@@ -375,11 +379,6 @@ def holds_tensors(key: str, value: Any) -> bool:
 def check_state(state: Any) -> None:
     if not isinstance(state, MutableMapping):
         raise TypeError(f"state must be a dict, got {type(state).__name__}")
-
-
-def check_integer(name: str, value: Any, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} must be an integer >= {lowest}, got {value!r}")
 
 
 @contextmanager

@@ -39,10 +39,12 @@ class Ranks:
         alone: this process alone, whatever is initialised.
 
     Raises:
-        ValueError: this rank is not part of the group.
+        ValueError, TypeError: this rank is not part of the group, or it is none.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        if not (group is None or isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER):
+            raise TypeError(f"group must be a torch.distributed process group, got {group!r}")
         wait(_running)
         _running.clear()  # what failed holds on to its copy of the state
         self.group: dist.ProcessGroup | None = None

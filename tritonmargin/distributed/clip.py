@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tritonmargin.arguments import check_flag
 from tritonmargin.distributed.agreement import gave_up
+from tritonmargin.margins.numbers import as_float
 from tritonmargin.optim.row_optimizer import NoGradient, rows_of
 
 
@@ -45,13 +47,15 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: norm_type or max_norm out of range.
-        TypeError: a flat parameter of FullyShardedDataParallel, which has a `clip_grad_norm_` of its own.
+        TypeError: an argument of another type; a flat parameter of FullyShardedDataParallel, which has a
+            `clip_grad_norm_` of its own.
         RuntimeError: `error_if_nonfinite`; or a weight without a gradient because of `update_in_backward`.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    p, max_norm = float(norm_type), float(max_norm)
-    if not p > 0.0 or not max_norm >= 0.0:
-        raise ValueError(f"norm_type must be > 0 and max_norm >= 0, got {norm_type} and {max_norm}")
+    parameters = parameters_of(parameters)
+    p, max_norm = number("norm_type", norm_type, "> 0"), number("max_norm", max_norm, ">= 0")
+    check_flag("error_if_nonfinite", error_if_nonfinite)
+    if foreach is not None:
+        check_flag("foreach", foreach)
     norms = [norm for norm in norms_of(parameters, p, foreach) if norm is not None]
     if not norms:
         return torch.zeros(())
@@ -67,6 +71,26 @@ def clip_grad_norm_(
         if each.grad is not None and each.grad.is_sparse:
             each.grad._values().mul_(torch.clamp(max_norm / (total + 1e-6), max=1.0))
     return total
+
+
+def parameters_of(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be a tensor or an iterable of them, got {parameters!r}")
+    found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"parameters must hold tensors, got {type(each).__name__}")
+    return found
+
+
+def number(name: str, value: float, words: str) -> float:
+    """A number, also of a tensor or an array, inf too."""
+    found = as_float(value)
+    if found is None:
+        raise TypeError(f"{name} must be a number {words}, got {value!r}")
+    if not (found > 0.0 or (found == 0.0 and words == ">= 0")):
+        raise ValueError(f"{name} must be a number {words}, got {value}")
+    return found
 
 
 def norms_of(parameters: list[Tensor], p: float, foreach: bool | None) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tritonmargin.arguments import check_name
 from tritonmargin.margins.in_kernel import TRITON, RowFormula
 from tritonmargin.margins.numbers import Numbers, as_float
 
@@ -166,7 +167,7 @@ class Margin(Numbers):
     def check_choice(self, name: str, value: object) -> None:
         """ValueError or TypeError if `name` is a choice or a flag, and `value` none of its values."""
         if name in self.options or name == "gradient":
-            one_of(name, value, self.options.get(name, GRADIENT))
+            check_name(name, value, self.options.get(name, GRADIENT))
         elif name in FLAGS and not isinstance(value, bool):
             raise TypeError(f"{type(self).__name__}: {name} must be True or False, got {value!r}")
 
@@ -245,9 +246,3 @@ def positive(name: str, value: object) -> float:
     if found is None or not math.isfinite(found) or found <= 0:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
     return found
-
-
-def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    """ValueError with the list of known names unless `value` is one of them."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from numbers import Real
+
+from tritonmargin.arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class WarmUp:
             raise ValueError(f"steps must be >= 0, got {self.steps}")
 
     def __call__(self, step: int) -> float:
+        check_number("step", step, "a finite number")
         if step >= self.steps:
             return self.stop
         return self.start + (self.stop - self.start) * max(step, 0) / self.steps
@@ -55,13 +56,11 @@ class Annealing:
             raise ValueError(f"base, gamma, power and minimum must be >= 0, got {self}")
 
     def __call__(self, step: int) -> float:
+        check_number("step", step, "a finite number")
         return max(self.minimum, self.base * (1.0 + self.gamma * max(step, 0)) ** (-self.power))
 
 
 def check_finite(schedule: WarmUp | Annealing) -> None:
     for field in fields(schedule):
         name, value = f"{type(schedule).__name__}: {field.name}", getattr(schedule, field.name)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
+        check_number(name, value, "a finite number")

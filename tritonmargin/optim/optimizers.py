@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from tritonmargin.arguments import check_flag, check_number
 from tritonmargin.optim.row_optimizer import RowOptimizer
+
+AT_LEAST_ZERO = "a finite number >= 0"
 
 
 class RowSGD(RowOptimizer):
@@ -30,7 +33,7 @@ class RowSGD(RowOptimizer):
         seed: of that chance.
 
     Raises:
-        ValueError: a number out of range, an unknown name.
+        ValueError, TypeError: a number out of range, an unknown name, parameters that are none.
     """
 
     state_names = ("momentum_buffer",)
@@ -57,7 +60,8 @@ class RowSGD(RowOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "momentum", "weight_decay"):
-            at_least_zero(name, group[name])
+            check_number(name, group[name], AT_LEAST_ZERO, 0.0)
+        check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov needs a momentum > 0")
 
@@ -77,7 +81,7 @@ class RowAdamW(RowOptimizer):
         unsampled, state_dtype, stochastic_rounding, seed: as in `RowSGD`.
 
     Raises:
-        ValueError: a number out of range, an unknown name.
+        ValueError, TypeError: a number out of range, an unknown name, parameters that are none.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
@@ -104,15 +108,15 @@ class RowAdamW(RowOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            at_least_zero(name, group[name])
-        if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"betas must be in [0, 1), got {group['betas']!r}")
+            check_number(name, group[name], AT_LEAST_ZERO, 0.0)
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        for beta in betas:
+            check_number("betas", beta, "two numbers in [0, 1)", 0.0, 1.0)
+        if len(betas) != 2 or 1.0 in betas:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
     def rule(self, group: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         return "adamw", tuple(map(float, numbers)), 2
-
-
-def at_least_zero(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tritonmargin.arguments import FLOATS, check_dtype, check_flag, check_integer, check_name
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.checks import looks_at_values
 from tritonmargin.distributed.state import first_row, like, local, own_rows, rows_like
 from tritonmargin.optim.update_rules import RowUpdate, mixed, update_rows
 
 UNSAMPLED = ("frozen", "decay")
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CHUNK_BYTES = 32 << 20  # rows updated at a time: room for their copies in the precision of sums
 # No weight of a loss is this large, and every scale that a GradScaler starts with is (its default is 2^16).
 SCALED = 1024.0
@@ -46,18 +48,39 @@ class RowOptimizer(torch.optim.Optimizer):
 
     state_names: tuple[str, ...] = ()
 
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        if isinstance(params, Tensor | str | bytes) or not isinstance(params, Iterable):
+            raise TypeError(f"params must be an iterable of parameters or of dicts, got {type(params).__name__}")
+        params = list(params)
+        for each in params:
+            if not isinstance(each, Tensor | dict | tuple):
+                raise TypeError(f"params must hold parameters or dicts with them, got {type(each).__name__}")
+        if not params:
+            raise ValueError("params holds no parameter")
+        super().__init__(params, defaults)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; ValueError for a number out of range, an unknown name, a parameter not [C, D] or [C]."""
+        """As torch's; ValueError or TypeError for what does not fit, such as a parameter not [C, D] or [C].
+
+        Nothing is added then.
+        """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self.check_all(self.param_groups[-1])
+            for weight in self.param_groups[-1]["params"]:
+                check_rows(weight)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def check_all(self, group: dict[str, Any]) -> None:
+        """ValueError or TypeError for an option of a group that does not fit."""
         self.check_group(group)
-        if group["unsampled"] not in UNSAMPLED:
-            raise ValueError(f"unsampled must be one of {', '.join(map(repr, UNSAMPLED))}, got {group['unsampled']!r}")
-        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"state_dtype must be float32, bfloat16, float64 or None, got {group['state_dtype']}")
-        for weight in group["params"]:
-            if weight.ndim not in (1, 2):
-                raise ValueError(f"parameters must have shape [C, D] or [C], got {tuple(weight.shape)}")
+        check_name("unsampled", group["unsampled"], UNSAMPLED)
+        if group["state_dtype"] is not None:
+            check_dtype("state_dtype", group["state_dtype"], STATE_DTYPES)
+        check_flag("stochastic_rounding", group["stochastic_rounding"])
+        check_integer("seed", group["seed"])
 
     def check_group(self, group: dict[str, Any]) -> None:
         """ValueError for a number out of range."""
@@ -71,6 +94,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows of every gradient, sparse or dense; those of `update_in_backward` are done already."""
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be callable, got {closure!r}")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -214,9 +239,11 @@ class RowOptimizer(torch.optim.Optimizer):
         `torch.distributed.checkpoint.state_dict` gives them.
 
         Raises:
-            ValueError: state of another kind of optimizer, of other parameters, or of another shape; nothing is
-                changed then.
+            ValueError, TypeError: state of another kind of optimizer, of other parameters, or of another shape, or
+                options that do not fit; nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(f"state_dict must have 'state' and 'param_groups', got {type(state_dict).__name__}")
         weights = self.parameters()
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         unknown = state_dict["state"].keys() - set(keys)
@@ -230,10 +257,12 @@ class RowOptimizer(torch.optim.Optimizer):
         groups, states = self.param_groups, self.state
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         try:
+            for group in self.param_groups:
+                self.check_all(group)
             loaded = [
                 self.loaded(state_dict["state"].get(key, {}), weight) for key, weight in zip(keys, weights, strict=True)
             ]
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups, self.state = groups, states
             raise
         self.started.clear()
@@ -341,6 +370,14 @@ def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
         return ids, values
     grad = grad.coalesce()
     return grad.indices()[0], grad.values()
+
+
+def check_rows(weight: Tensor) -> None:
+    """ValueError or TypeError unless an optimizer of rows can have this parameter."""
+    if weight.dtype not in FLOATS or weight.layout is not torch.strided or weight.is_nested:
+        raise TypeError(f"params must be dense and floating point, got {weight.dtype}, {weight.layout}")
+    if weight.ndim not in (1, 2):
+        raise ValueError(f"params must have shape [C, D] or [C], got {tuple(weight.shape)}")
 
 
 def matrix(tensor: Tensor) -> Tensor:
