@@ -45,9 +45,8 @@ def margin_cross_entropy(
         "hinge"      sum_{j != y} relu(z_ij - t_i), the multi-class SVM
 
     Products are computed in the dtype of autocast if it is on, else in the common dtype of embeddings and weight; sums
-    and the loss in float32, or float64 if an input is float64. float16, which does not hold
-    exp(64), is multiplied as float32; by the kernels, on GPUs that have it, as TF32, which has float16's 11 significant
-    bits, whatever torch's setting for float32. The loss can be differentiated once.
+    and the loss in float32, or float64 if an input is float64. float16 does not hold exp(64): the kernels put powers of
+    two aside, and the torch backend multiplies it as float32. The loss can be differentiated once.
 
     Args:
         embeddings: [N, D] floating.

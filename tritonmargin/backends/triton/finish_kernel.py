@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonmargin.backends.triton.logits_kernels import parts_of, tile_product
+from tritonmargin.backends.triton.logits_kernels import given_product, parts_of, tile_product
 from tritonmargin.backends.triton.row_kernels import (
     G_NORM_W,
     G_PRODUCT,
@@ -53,9 +53,7 @@ def finish_kernel(
         if KIND[3] == 0:
             z = tile_product(dlogits, xs, first_c, first_d, k, D, length, stride_p, stride_xs, True, KIND[8], TILE)
         elif KIND[3] == 1:
-            column = first_d + tl.arange(0, BLOCK_D)
-            place = row[:, None].to(tl.int64) * stride_p + column[None, :]
-            z = tl.load(dlogits + place, mask=known[:, None] & (column < D)[None, :], other=0.0)
+            z = given_product(dlogits, row[:, None], (first_d + tl.arange(0, BLOCK_D))[None, :], k, D, stride_p)
         else:
             z = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
         inverse = tl.full((BLOCK_C,), 1.0, tl.float32)
@@ -63,9 +61,7 @@ def finish_kernel(
         if KIND[1]:
             inverse = tl.load(class_numbers + INVERSE_W * line_c + position, mask=known, other=0.0)
             if KIND[3] != 2:
-                for block in range(blocks):
-                    dot += tl.load(along + tl.cast(block, tl.int64) * k + row, mask=known, other=0.0)
-                dot *= inverse * inverse
+                dot = add_blocks(dot, along, blocks, row, k) * (inverse * inverse)
         if half is not None:
             undo = half_factor(half)
             z *= undo
@@ -84,14 +80,8 @@ def finish_kernel(
                 if KIND[4]:
                     a *= inverse[:, None]
                 a -= w * dot[:, None]
-            a = add_samples(a, w, inverse, row, column, first_c, start, label, numbers + PRODUCT * line, 1,
-                            grads + G_PRODUCT * line, 1, grads, numbers, line, exact[0], strides_x, scale,
-                            (KIND[1], KIND[2], KIND[6], D, BLOCK_C))  # fmt: skip
-            if exact[1] is not None:
-                positions, products, of_hardest, strides_h = exact[1]
-                a = add_samples(a, w, inverse, row, column, first_c, start, positions, products, strides_h[0],
-                                of_hardest, strides_h[1], grads, numbers, line, exact[0], strides_x, scale,
-                                (KIND[1], KIND[2], False, D, BLOCK_C))  # fmt: skip
+            a = add_exact_part(a, w, inverse, row, column, first_c, start, label, numbers, grads, exact, line,
+                               strides_x, scale, (KIND[1], KIND[2], KIND[6], D, BLOCK_C))  # fmt: skip
             for factor in tl.static_range(len(upstream)):
                 a *= tl.load(upstream[factor]).to(tl.float32)
             to = (source if KIND[5] else position)[:, None] * stride_out + column[None, :]
@@ -107,6 +97,30 @@ def finish_kernel(
                     )
                 new = RULE(a, w, to, mask, values, state, corrections, seed, KIND[7])
                 store_rounded(out + to, new, to, mask, seed, KIND[7])
+
+
+@triton.jit
+def add_blocks(found, sums, blocks, row, k):
+    """The sums [blocks, k] of `weigh_kernel` that belong to rows, one block after the other."""
+    for block in range(blocks):
+        found += tl.load(sums + tl.cast(block, tl.int64) * k + row, mask=row < k, other=0.0)
+    return found
+
+
+@triton.jit
+def add_exact_part(
+    a, w, inverse, row, column, first_c, start, label, numbers, grads, exact, line, strides_x, scale,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """What samples give to the row of their target, and to the row of their hardest class. KIND: of `add_samples`."""
+    a = add_samples(a, w, inverse, row, column, first_c, start, label, numbers + PRODUCT * line, 1,
+                    grads + G_PRODUCT * line, 1, grads, numbers, line, exact[0], strides_x, scale, KIND)  # fmt: skip
+    if exact[1] is not None:
+        positions, products, of_hardest, strides_h = exact[1]
+        a = add_samples(a, w, inverse, row, column, first_c, start, positions, products, strides_h[0],
+                        of_hardest, strides_h[1], grads, numbers, line, exact[0], strides_x, scale,
+                        (KIND[0], KIND[1], False, KIND[3], KIND[4]))  # fmt: skip
+    return a
 
 
 @triton.jit
@@ -156,8 +170,7 @@ def bias_rows(
     """
     found = tl.zeros((BLOCK_C,), tl.float64)
     if by_class is not None:
-        for block in range(blocks):
-            found += tl.load(by_class + tl.cast(block, tl.int64) * k + row, mask=known, other=0.0)
+        found = add_blocks(found, by_class, blocks, row, k)
         if half is not None:
             found *= half_factor(half)
     else:

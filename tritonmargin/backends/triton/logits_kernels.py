@@ -100,6 +100,12 @@ def parts_of(z, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
                 return a00, a01, a10, a11, b00, b01, b10, b11
 
 
+@triton.jit
+def given_product(z, row, column, rows, columns, stride):
+    """A tile of a product that is in memory, one of [1, N] and [M, 1] its rows and the other its columns."""
+    return tl.load(z + row.to(tl.int64) * stride + column, mask=(row < rows) & (column < columns), other=0.0)
+
+
 @triton.jit(do_not_specialize=["n", "k", "start", "line_c", "stride_z"])
 def reduce_kernel(
     xs, rows, label, class_numbers, threshold, run, n, k, length, start, line_c, stride_xs, stride_rows, stride_z,
@@ -123,9 +129,7 @@ def reduce_kernel(
         sample = first_n + tl.arange(0, BLOCK_N)
         inside = sample < n
         if KIND[3]:
-            column = first_c + tl.arange(0, BLOCK_C)
-            place = column[None, :].to(tl.int64) * stride_z + sample[:, None]
-            dot = tl.load(xs + place, mask=inside[:, None] & (column < k)[None, :], other=0.0)
+            dot = given_product(xs, (first_c + tl.arange(0, BLOCK_C))[None, :], sample[:, None], k, n, stride_z)
         else:
             dot = tile_product(xs, rows, first_n, first_c, n, k, length, stride_xs, stride_rows, False, HOW, TILE)
         own = slot.to(tl.int64) * n + sample
@@ -251,9 +255,7 @@ def weigh_kernel(
         row = first_c + tl.arange(0, BLOCK_C)
         known = row < k
         if KIND[4]:
-            sample = first_n + tl.arange(0, BLOCK_N)
-            place = row[:, None].to(tl.int64) * stride_z + sample[None, :]
-            z = tl.load(rows + place, mask=known[:, None] & (sample < n)[None, :], other=0.0)
+            z = given_product(rows, row[:, None], (first_n + tl.arange(0, BLOCK_N))[None, :], k, n, stride_z)
         else:
             z = tile_product(rows, xs, first_c, first_n, k, n, length, stride_rows, stride_xs, False, HOW, TILE)
         scale = tl.full((BLOCK_C,), 1.0, tl.float32)
@@ -286,16 +288,7 @@ def weigh_kernel(
             if KIND[3]:
                 p += a[:, None] * tl.load(grads + G_MEAN * line + sample)[None, :]
             if by_class is not None:
-                of_b = p if power is None else p * tl.load(power + sample)[None, :]
-                if targets:
-                    # What the target's own samples take away, before it is rounded: over many of them nearly all.
-                    of_own = tl.load(grads + G_TARGET * line + sample)
-                    if power is not None:
-                        of_own *= tl.load(power + sample)
-                    of_b += tl.where(own[None, :] == row[:, None], of_own[None, :], 0.0)
-                    sum_p += tl.sum(of_b, axis=1)
-                else:
-                    sum_p += tl.sum(of_b, axis=1)
+                sum_p += sum_of_bias(p, row, own, targets, grads + G_TARGET * line, power, sample)
             if KIND[0]:
                 p *= scale[:, None]
             if HOW[1] == "tf32":
@@ -313,3 +306,18 @@ def weigh_kernel(
             tl.store(along + place, sum_pz, mask=known)
         if by_class is not None:
             tl.store(by_class + place, sum_p, mask=known)
+
+
+@triton.jit
+def sum_of_bias(p, row, own, targets, of_target, power, sample):
+    """dL/db of a part's classes; `targets`: whether one of them is a sample's own."""
+    p = p if power is None else p * tl.load(power + sample)[None, :]
+    if targets:
+        # What the target's own samples take away, before it is rounded: over many of them nearly all.
+        of_own = tl.load(of_target + sample)
+        if power is not None:
+            of_own *= tl.load(power + sample)
+        found = tl.sum(p + tl.where(own[None, :] == row[:, None], of_own[None, :], 0.0), axis=1)
+    else:
+        found = tl.sum(p, axis=1)
+    return found
