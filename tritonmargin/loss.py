@@ -243,7 +243,7 @@ class Mean(NamedTuple):
 
     logit: Tensor  # [N]  sum_c a_c z_c without margins
     own: Tensor  # [N]  a_y
-    total: Tensor  # [N]  sum_c a_c
+    total: Tensor | float  # [N]  sum_c a_c
 
 
 def sample_numbers(call: Call, name: str) -> Numbers:
@@ -411,9 +411,12 @@ def hardest_of(out: PassOutput, given: PassInputs) -> tuple[Tensor, Tensor]:
 
 
 def mean_numbers(call: Call, out: PassOutput, a: Tensor) -> Mean:
-    active = a if call.inputs.class_ids is None else a[call.inputs.class_ids]
-    own = own_numbers(a, call.labels.own, a.dtype)
-    return Mean(*call.ranks.all_sums(out.mean_logit, own, active.sum().expand_as(out.mean_logit)))
+    own, total = own_numbers(a, call.labels.own, a.dtype), None
+    if call.inputs.class_weight is not None:
+        active = a if call.inputs.class_ids is None else a[call.inputs.class_ids]
+        total = active.sum().expand_as(out.mean_logit)
+    logit, own, total = call.ranks.all_sums(out.mean_logit, own, total)
+    return Mean(logit, own, 1.0 if total is None else total)  # a sum of equal numbers is off by more than a rounding
 
 
 # -- objective, reduction, statistics --------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ def reduce_logits(
 ) -> None:
     """Fold one chunk's logits z, targets masked, into `run`.
 
-    With `keep`, leaves in `tile` what backward can start from: exp(z) on the bounded path and z otherwise. `scratch` is
-    a tile in the precision of sums; where z has to be kept, another buffer than `tile`.
+    With `keep`, leaves in `tile` what backward can start from: exp(z) on the bounded path, and otherwise what it holds
+    now. `scratch` is a tile in the precision of sums; where z has to be kept, another buffer than `tile` and z.
     """
     if run.hardest is not None and run.hardest_row is not None:
         fold_hardest(z, widened(z, scratch).amax(dim=0), start, run.hardest, run.hardest_row)
@@ -202,17 +202,6 @@ def new_tile(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:  # [K, N]
 
 
 # -- what they are made of -------------------------------------------------------------------------------------------
-
-
-def logits(rows: Tensor, x: Tensor, bias: Tensor | None, target: Places, start: int, tile: Tensor) -> Tensor:
-    """tile = rows x^T (+ bias), -inf at the targets: the sum over j != y leaves them out."""
-    torch.mm(rows, x.t(), out=tile)
-    if bias is not None:
-        tile += bias[:, None]
-    sample, row = target.inside(start, start + len(tile))
-    if len(sample):
-        tile[row, sample] = -torch.inf
-    return tile
 
 
 def widened(z: Tensor, scratch: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ With P = dL/dz of a chunk (dlogits) and A = dL/dw' of its rows:
 dX_i = f_i (sum_j exp(z_ij) w'_j), A_j = sum_i exp(z_ij) (f_i x_i). So where a bound on |z| keeps exp(z) and its sum
 inside the range of the dtype (`exp_range.is_bounded`), the tile is exp(z) and nothing else: no running max, no
 subtraction. At s = 64 f itself leaves float32's range, so A carries a common power 2^K on its sample side, undone per
-class row. Everywhere else the max runs along and P = exp(z - rest) <= 1.
+class row. Everywhere else the max runs along, P = exp(z - max) <= 1 and f_i = dL/drest_i / sum_j exp(z_ij - max_i).
 
 Numbers that look at one row a sample (the target's, the hardest class's) have exact gradients beside the products.
 """
@@ -92,7 +92,7 @@ class Dense(NamedTuple):
     g: Tensor  # [N]
     fill: Callable[[Tensor, Tensor], Tensor]  # logits z and `scratch` -> P, in one of them
     left: Tensor  # [N, D]  inner x, in the dtype of the products
-    scratch: Tensor | None  # a tile in the precision of sums; None: P is made in the tile itself
+    scratch: Tensor | None  # a tile in the precision of sums; None: logits and P are made in the tile itself
     outer: Tensor | None = None  # [N]
     undo: Tensor | None = None  # []  undoes a power of two that `inner` carries
     retained_is_p: bool = False  # what forward retained is P itself, rather than logits
@@ -110,8 +110,8 @@ def dense_part(
         return None
     g = grads.rest.contiguous()
     if spec.bounded:
-        return exp_part(g, saved.shift, chunks, inputs.x, rows)
-    return softmax_part(g, saved.shift, chunks, inputs.x)
+        return exp_part(g, saved.total, chunks, inputs.x, rows)
+    return softmax_part(g, saved.total, saved.shift, chunks, inputs.x)
 
 
 def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads) -> Dense:
@@ -119,15 +119,17 @@ def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads
     added = [each.grad for each in rows.unit] + ([] if rows.mean is None else [rows.mean])
     outer, inner, undo = split_factor(g, total, added)
     left = chunks.operand(x * inner[:, None])
-    return Dense(g, lambda z, _: z.exp2_(), left, None, outer, undo, retained_is_p=True)
+    scratch = chunks.scratch(separate=False) if chunks.adds_wide else None
+    return Dense(g, lambda z, _: z.exp2_(), left, scratch, outer, undo, retained_is_p=True)
 
 
-def softmax_part(g: Tensor, rest: Tensor, chunks: Chunks, x: Tensor) -> Dense:
-    """P_ij = exp(z_ij - rest_i)."""
+def softmax_part(g: Tensor, total: Tensor, shift: Tensor, chunks: Chunks, x: Tensor) -> Dense:
+    """P_ij = exp(z_ij - shift_i). Not exp(z_ij - rest_i): rest is rounded, by 1e-5 where logits are some hundreds."""
 
     def fill(z: Tensor, scratch: Tensor) -> Tensor:
-        return exp_(torch.sub(widened(z, scratch), rest, out=scratch))
+        return exp_(torch.sub(widened(z, scratch), shift, out=scratch))
 
+    g = g / total.masked_fill(total == 0, torch.inf)
     return Dense(g, fill, chunks.operand(x * g[:, None]), chunks.scratch(separate=False))
 
 
@@ -154,7 +156,9 @@ def dlogits(
         return ready, None
     tile = chunks.tile_buffer[:size]
     scratch = tile if dense.scratch is None else dense.scratch[:size]
-    z = chunks.logits(rows, start, stop, tile) if ready is None else ready
+    z = chunks.product(rows, tile) if ready is None else ready
+    if ready is None or chunks.adds_wide:
+        z = chunks.logits(z, start, stop, scratch)
     p = dense.fill(z, scratch)
     sums = exact_sums(p, dense.g) if by_class else None
     return (p if p.dtype == tile.dtype else tile.copy_(p)), sums

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.precision import as_operand, operands
-from tritonmargin.backends.torch_ops import Places, Rows, inverse_norm, logits, new_tile, prepare_rows
+from tritonmargin.backends.torch_ops import Places, Rows, inverse_norm, new_tile, prepare_rows
 from tritonmargin.spec import PassInputs, PassSpec
 
 
@@ -130,9 +130,28 @@ class Chunks:
         buffers = self.rows_buffer, self.wide_buffer
         return prepare_rows(self.weight, self.class_ids, start, stop, self.unit, *buffers, inverse=known)
 
-    def logits(self, rows: Rows, start: int, stop: int, tile: Tensor) -> Tensor:  # [K, N]
-        """The chunk's logits in `tile`, in units of log 2 on the bounded path, -inf at the targets."""
-        return logits(rows.operand, self.x, self.added(start, stop), self.places, start, tile)
+    @property
+    def adds_wide(self) -> bool:
+        """Whether something is added to logits that are in low precision: it would be rounded with them."""
+        return self.dtype != self.acc and (self.bias is not None or self.offset is not None)
+
+    def product(self, rows: Rows, tile: Tensor) -> Tensor:  # [K, N]
+        """The chunk's products with the samples, in `tile`, in units of log 2 on the bounded path."""
+        return torch.mm(rows.operand, self.x.t(), out=tile)
+
+    def logits(self, product: Tensor, start: int, stop: int, scratch: Tensor) -> Tensor:  # [K, N]
+        """The logits of a product, -inf at the targets: the sum over j != y leaves them out.
+
+        In the product itself, or in `scratch` where something is added in the precision of sums.
+        """
+        z = scratch.copy_(product) if self.adds_wide else product
+        added = self.added(start, stop)
+        if added is not None:
+            z += added[:, None]
+        sample, row = self.places.inside(start, stop)
+        if len(sample):
+            z[row, sample] = -torch.inf
+        return z
 
     def added(self, start: int, stop: int) -> Tensor | None:
         """What is added to the chunk's logits: the classes' bias, and the offsets of active classes."""

@@ -22,7 +22,8 @@ from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 class Saved(NamedTuple):
     """What backward needs beside the inputs. Empty tensors: not made."""
 
-    shift: Tensor  # [N]  exp(rest) on the bounded path; else rest, 0 where it is -inf
+    total: Tensor  # [N]  sum of exp(z - shift)
+    shift: Tensor  # [N]  the largest z, 0 where it is -inf; empty on the bounded path: 0
     hardest_row: Tensor  # [N]
     mean_row: Tensor  # [D]  sum_j a_j w'_j
     target_rows: Tensor  # [N, D]  w'_y, 0 where there is no target
@@ -38,7 +39,9 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
         count = retained_of(chunks.n, chunks.d, chunks.classes, spec)
         retained = new_tile(chunks.x, count, chunks.dtype)
         # Where a tile is read again after a difference, the difference needs a buffer of its own.
-        scratch = chunks.scratch(separate=spec.want_rest and inputs.threshold is not None)
+        again = spec.want_rest and inputs.threshold is not None
+        scratch = chunks.scratch(separate=again)
+        wide = chunks.scratch(separate=True) if chunks.adds_wide and again else scratch
         mean_row = x.new_zeros(0 if inputs.mean_weight is None else chunks.d)
         inverse = x.new_empty(chunks.classes if spec.unit_weight else 0)
         for start, stop in chunks.ranges():
@@ -51,7 +54,7 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
             if spec.want_rest or spec.want_hardest or inputs.threshold is not None:
                 keep = stop <= count
                 tile = retained[start:stop] if keep else chunks.tile_buffer[: stop - start]
-                z = chunks.logits(rows, start, stop, tile)
+                z = chunks.logits(chunks.product(rows, tile), start, stop, wide[: stop - start])
                 reduce_logits(z, start, spec.bounded, tile, scratch[: stop - start], keep, run)
         return results(inputs, chunks, run, mean_row, retained, inverse)
 
@@ -75,14 +78,13 @@ def results(
 ) -> tuple[PassOutput, Saved]:
     x = inputs.x
     # Each output is a tensor of its own, asked for or not: autograd tells outputs apart by the tensor.
-    rest, shift, norm, bias, mean_logit, hinge, violations, hardest_product = (x.new_empty(0) for _ in range(8))
+    rest, total, shift, norm, bias, mean_logit, hinge, violations, hardest_product = (x.new_empty(0) for _ in range(9))
     hardest_row = chunks.target.new_empty(0)
     if run.total is not None:
-        rest = run.total.log()
-        shift = run.total
+        total, rest = run.total, run.total.log()
         if run.maximum is not None:
-            rest = rest + finite(run.maximum)
-            shift = finite(rest)
+            shift = finite(run.maximum)
+            rest = rest + shift
     if run.hardest is not None and run.hardest_row is not None:
         hardest, hardest_row = run.hardest, run.hardest_row
         product = (x * chunks.gather(hardest_row)[0]).sum(dim=1)
@@ -111,7 +113,7 @@ def results(
         hardest_product=hardest_product,
         hardest_row=hardest_row,
     )
-    return out, Saved(shift, hardest_row, mean_row, target_rows, retained, inverse)
+    return out, Saved(total, shift, hardest_row, mean_row, target_rows, retained, inverse)
 
 
 def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
@@ -133,7 +135,8 @@ def fake_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]
         hardest_row=target.new_empty(hardest),
     )
     saved = Saved(
-        shift=x.new_empty(n if spec.want_rest else 0),
+        total=x.new_empty(n if spec.want_rest else 0),
+        shift=x.new_empty(n if spec.want_rest and not spec.bounded else 0),
         hardest_row=target.new_empty(hardest),
         mean_row=x.new_empty(0 if inputs.mean_weight is None else d),
         target_rows=x.new_empty(n, d),

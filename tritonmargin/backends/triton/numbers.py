@@ -127,8 +127,8 @@ def backward(
     )
     strided = tuple(None if each is None else (each, each.stride(0)) for each in given)
     if plan.line:
-        call(rows_of.gradients_kernel, blocks(plan.line, 128), saved[1], strided, made, plan.n, plan.line, MEAN=False,
-             BLOCK=128)  # fmt: skip
+        call(rows_of.gradients_kernel, blocks(plan.line, 128), saved[1], strided, made, plan.n, plan.line,
+             IS_REST=pass_grad is not None and inputs.threshold is None, BLOCK=128)  # fmt: skip
     hardest = None
     if grads.hardest_product is not None:
         gradient = torch.zeros(plan.line, dtype=torch.float32, device=inputs.x.device)

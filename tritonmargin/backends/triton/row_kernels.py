@@ -20,7 +20,8 @@ NORM_X = tl.constexpr(4)  # |x|
 BIAS_Y = tl.constexpr(5)
 WEIGHT_Y = tl.constexpr(6)  # class weight
 MEAN_Y = tl.constexpr(7)  # a_y of label smoothing
-NUMBERS = 8
+EXACT = tl.constexpr(8)  # what undoes the rounding of REST in exp2(z - rest)
+NUMBERS = 9
 
 # Lines of `grads`.
 G_REST = tl.constexpr(0)  # dL/drest, or dL/dhinge
@@ -182,8 +183,8 @@ def logaddexp(a, b):
 
 
 @triton.jit
-def rest_of(total, maximum, i, n, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """log2 of the sum of exp2 over all slots; -inf where no class but the target was met."""
+def sums_of(total, maximum, i, n, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The sum of exp2(z - shift) over all slots, 0 where no class but the target was met; and shift."""
     slot = tl.arange(0, BLOCK_S)
     high = tl.full((BLOCK_S, BLOCK_N), -float("inf"), tl.float32)
     found = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
@@ -201,12 +202,20 @@ def rest_of(total, maximum, i, n, slots, BLOCK_N: tl.constexpr, BLOCK_S: tl.cons
             found = found * tl.exp2(high - shift) + more * tl.exp2(top - shift)
             high = new
     if maximum is None:
-        rest = tl.log2(tl.sum(found, axis=0))
+        shift = tl.zeros((BLOCK_N,), tl.float32)
+        sums = tl.sum(found, axis=0)
     else:
         highest = tl.max(high, axis=0)
         shift = tl.where(highest == -float("inf"), 0.0, highest)
-        rest = tl.log2(tl.sum(found * tl.exp2(high - shift[None, :]), axis=0)) + shift
-    return rest
+        sums = tl.sum(found * tl.exp2(high - shift[None, :]), axis=0)
+    return sums, shift
+
+
+@triton.jit
+def rest_of(sums, shift):
+    """log2 of the sum of exp2(z), and what undoes its rounding, 1e-5 where logits are some hundreds: exp2(it)/sum."""
+    rest = tl.log2(sums) + shift
+    return rest, tl.where(sums > 0.0, tl.exp2(rest - shift) / sums, 1.0)
 
 
 @triton.jit
@@ -229,7 +238,9 @@ def numbers_kernel(
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i < n
     if total is not None:
-        rest = rest_of(total, maximum, i, n, slots, BLOCK_N, BLOCK_S)
+        sums, shift = sums_of(total, maximum, i, n, slots, BLOCK_N, BLOCK_S)
+        rest, exact = rest_of(sums, shift)
+        tl.store(numbers + EXACT * line + i, exact, mask=i < line)
         tl.store(rest_out + i, rest * LN2, mask=inside)
         tl.store(numbers + REST * line + i, tl.where(rest == -float("inf"), float("inf"), rest), mask=i < line)
     tl.store(product + i, tl.load(numbers + PRODUCT * line + i, mask=inside), mask=inside)
@@ -251,7 +262,8 @@ def loss_kernel(
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = i < n
     beyond = i < line
-    rest = rest_of(total, maximum, i, n, slots, BLOCK_N, BLOCK_S)
+    sums, shift = sums_of(total, maximum, i, n, slots, BLOCK_N, BLOCK_S)
+    rest, exact = rest_of(sums, shift)
     valid = tl.load(label + i, mask=inside, other=IGNORED) != IGNORED
     product = tl.load(numbers + PRODUCT * line + i, mask=inside, other=0.0)
     norm_x = tl.load(numbers + NORM_X * line + i, mask=inside, other=0.0)
@@ -272,7 +284,7 @@ def loss_kernel(
         slope = tl.where(full > 0.0, slope, 0.0)
     if BIAS:
         t += tl.load(numbers + BIAS_Y * line + i, mask=inside, other=0.0)
-    loss, u, p = softplus_of(rest * LN2 - t)  # p: the target's probability
+    loss, u, p = softplus_of(tl.log(sums) + (shift * LN2 - t))  # p: the target's probability
     of_rest, of_t = u, -u
     class_weight = tl.where(valid, 1.0, 0.0)
     if WEIGHTED:
@@ -293,7 +305,7 @@ def loss_kernel(
     tl.store(losses + i, tl.where(valid, loss, 0.0), mask=inside)
     tl.store(losses + n + i, class_weight, mask=inside)
     tl.store(numbers + REST * line + i, tl.where(rest == -float("inf"), float("inf"), rest), mask=beyond)
-    tl.store(grads + G_REST * line + i, tl.where(valid, of_rest, 0.0), mask=beyond)
+    tl.store(grads + G_REST * line + i, tl.where(valid, of_rest * exact, 0.0), mask=beyond)
     tl.store(grads + G_TARGET * line + i, tl.where(valid, of_t + of_plain, 0.0), mask=beyond)
     tl.store(grads + G_PRODUCT * line + i, tl.where(valid, of_t * slope + of_plain, 0.0), mask=beyond)
     if not UNIT[0]:
@@ -330,14 +342,19 @@ def upstream_kernel(grads, upstream, out, n, line, stride, LINES: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["n", "line"])
-def gradients_kernel(numbers, given, out, n, line, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """`grads` from the gradients of rest, product, |x|, |w_y|, the mean and b_y, with their strides; None: 0."""
+def gradients_kernel(numbers, given, out, n, line, IS_REST: tl.constexpr, BLOCK: tl.constexpr):
+    """`grads` from the gradients of rest, product, |x|, |w_y|, the mean and b_y, with their strides; None: 0.
+
+    IS_REST: the first one is that of rest, and not of the hinge.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for k in tl.static_range(6):
         g = tl.zeros((BLOCK,), tl.float32)
         if given[k] is not None:
             vector, stride = given[k]
             g += tl.load(vector + i * stride, mask=i < n, other=0.0)
+            if IS_REST and k == 0:
+                g *= tl.load(numbers + EXACT * line + i, mask=i < n, other=0.0)
         tl.store(out + k * line + i, g, mask=i < line)
 
 
