@@ -1,6 +1,9 @@
 """tritonmargin: softmax cross-entropy with margins over millions of classes, without the N x C logits."""
 
-from tritonmargin import checkpoint, optim, reference
+import importlib
+from typing import TYPE_CHECKING
+
+from tritonmargin import optim, reference
 from tritonmargin.backends.registry import use_backend
 from tritonmargin.distributed.clip import clip_grad_norm_
 from tritonmargin.functional import linear_cross_entropy, margin_cross_entropy
@@ -22,6 +25,9 @@ from tritonmargin.margins import (
 from tritonmargin.modules import MarginSoftmaxLoss
 from tritonmargin.sampling import sample_classes
 from tritonmargin.spec import Stats
+
+if TYPE_CHECKING:
+    from tritonmargin import checkpoint
 
 __version__ = "0.1.0"
 
@@ -50,3 +56,16 @@ __all__ = [
     "sample_classes",
     "use_backend",
 ]
+
+
+if not TYPE_CHECKING:  # a checker would take every name for known
+
+    def __getattr__(name):
+        """`tm.checkpoint` when it is first used: torch.distributed.checkpoint takes longer to import than the rest."""
+        if name == "checkpoint":
+            return importlib.import_module("tritonmargin.checkpoint")
+        raise AttributeError(f"module 'tritonmargin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal, Unpack, overload
+
 from torch import Tensor
 
 from tritonmargin.checks import NAMES
 from tritonmargin.loss import compute_loss
 from tritonmargin.margins import Margin, Softmax
-from tritonmargin.spec import LossInputs, LossOptions, Stats
+from tritonmargin.spec import LossInputs, LossKeywords, LossOptions, Stats
 
 # What torch calls the tensors of `linear_cross_entropy`.
 LINEAR = NAMES | {"embeddings": "input", "weight": "linear_weight", "bias": "linear_bias", "class_weight": "weight"}
 
 
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossKeywords],
+) -> tuple[Tensor, Stats]: ...
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossKeywords],
+) -> Tensor | tuple[Tensor, Stats]: ...
 def margin_cross_entropy(
     embeddings: Tensor,
     weight: Tensor,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tritonmargin.arguments import check_device, check_dtype, check_flag, check_integer, check_name, check_number
 from tritonmargin.checks import check_class_vector, check_margin
 from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.around import Around
-from tritonmargin.distributed.shard import GRADIENT_FOR, Shard
-from tritonmargin.distributed.single import SINGLE
+from tritonmargin.distributed.dtensors import is_dtensor
+from tritonmargin.distributed.single import GRADIENT_FOR, SINGLE
 from tritonmargin.distributed.state import like, own_rows, whole
 from tritonmargin.loss import SETTINGS, compute_loss
 from tritonmargin.margins import ArcFace, Margin
@@ -23,6 +22,9 @@ from tritonmargin.optim.row_optimizer import RowOptimizer
 from tritonmargin.optim.update_rules import mixed
 from tritonmargin.sampling import Sampler
 from tritonmargin.spec import LossInputs, LossOptions, Stats
+
+if TYPE_CHECKING:
+    from tritonmargin.distributed.shard import Shard
 
 ON_NONFINITE = ("raise", "skip")
 
@@ -138,7 +140,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.reduction = reduction
             self.objective = objective
             self.seed = seed
-            self.shard = None if process_group is None else Shard(num_classes, process_group, gradient_for)
+            self.shard = shard_of(num_classes, process_group, gradient_for)
             self.lookout, self.around = Lookout(process_group), Around()
             self._updater: RowOptimizer | None = None
             rows = num_classes if self.shard is None else self.shard.stop - self.shard.start
@@ -224,6 +226,18 @@ class MarginSoftmaxLoss(nn.Module):
         self.around = Around()
         self.mark_rows()
 
+    @overload
+    def forward(
+        self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, *, return_stats: Literal[True]
+    ) -> tuple[Tensor, Stats]: ...
+    @overload
+    def forward(
+        self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, Stats]: ...
     def forward(
         self, embeddings: Tensor, target: Tensor, class_ids: Tensor | None = None, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, Stats]:
@@ -257,6 +271,9 @@ class MarginSoftmaxLoss(nn.Module):
         loss, stats = result if isinstance(result, tuple) else (result, None)
         loss = self.if_finite(loss)
         return loss if stats is None else (loss, stats)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # torch says of it that it takes and returns Any
 
     def options(self, return_stats: bool, logq_correction: bool) -> LossOptions:
         """Those of the next loss: the head's attributes may have changed since the last one."""
@@ -323,7 +340,7 @@ class MarginSoftmaxLoss(nn.Module):
             key, value = prefix + name, given.get(prefix + name)
             if isinstance(value, Tensor) and self.shard is not None:
                 given[key] = own_rows(key, value, self.shard)
-            elif isinstance(value, DTensor):
+            elif is_dtensor(value):
                 if len(value) != self.num_classes:
                     raise ValueError(f"{key} has {len(value)} classes, this head {self.num_classes}")
                 given[key] = like(key, value, getattr(self, name))
@@ -372,6 +389,14 @@ class MarginSoftmaxLoss(nn.Module):
         if self.shard is not None:
             changed.append(f"classes {self.shard.start} to {self.shard.stop} of rank {self.shard.rank}")
         return ", ".join([f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}", *changed])
+
+
+def shard_of(num_classes: int, group: dist.ProcessGroup | None, gradient_for: str) -> Shard | None:
+    if group is None:
+        return None
+    from tritonmargin.distributed.shard import Shard  # with DTensor and torch._dynamo
+
+    return Shard(num_classes, group, gradient_for)
 
 
 def words_of(margin: Margin) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,24 @@ class LossInputs(NamedTuple):
     bias: Tensor | None = None  # [C]
     class_ids: Tensor | None = None  # [S]
     class_weight: Tensor | None = None  # [C]
+
+
+class LossKeywords(TypedDict, total=False):
+    """What a loss takes by name, for type checkers; all but `return_stats`, which decides what it returns."""
+
+    bias: Tensor | None
+    class_ids: Tensor | None
+    sub_centers: int
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    objective: str
+    sparse_grad: bool
+    retain_bytes: int
+    chunk_bytes: int | None
+    memory_budget: int | None
+    logq_correction: bool
 
 
 @dataclass(frozen=True)

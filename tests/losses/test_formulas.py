@@ -16,7 +16,7 @@ from formulas import CASES, Case, arcface, combination, sphereface_r, unnormalis
 from torch import Tensor, nn
 
 import tritonmargin as tm
-from tritonmargin.margins import MARGINS, Margin, TargetRows, angular, base, in_kernel
+from tritonmargin.margins import MARGINS, Margin, TargetRows, base, formulas
 from tritonmargin.margins.angular import BEYOND_PI
 
 triton = pytest.importorskip("triton")
@@ -137,7 +137,7 @@ def test_the_polynomials_in_float64(function: str) -> None:
     reach = 1.0 if function == "arccos" else 30.0
     given = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
     found = torch.full_like(given, torch.nan).to(DEVICE)
-    angles_kernel[(4,)](given.to(DEVICE), found, len(given), FUNCTION=getattr(in_kernel, function), BLOCK=1024)
+    angles_kernel[(4,)](given.to(DEVICE), found, len(given), FUNCTION=getattr(formulas, function), BLOCK=1024)
     torch.testing.assert_close(found.cpu(), right(given), rtol=0, atol=1e-11)
 
 
@@ -244,13 +244,7 @@ def test_no_formula(why: str) -> None:
 
 
 def test_a_subclass_that_changes_something_else_has_one() -> None:
-    assert Renamed(m=0.3).formula(CPU).function is angular.arcface_formula
-
-
-def test_no_formula_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "TRITON", False)
-    assert tm.ArcFace().formula(CPU) is None
-    assert tm.NormFace().formula(CPU) is None
+    assert Renamed(m=0.3).formula(CPU).function is formulas.arcface_formula
 
 
 def test_no_formula_where_torch_func_or_forward_mode_differentiates() -> None:

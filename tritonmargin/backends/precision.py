@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonmargin.backends.tiles import device_of
+from tritonmargin.compiling import constant_result
 
 LOCK = threading.RLock()  # torch has one setting for float32 products in all threads
 
@@ -46,7 +47,7 @@ def precision(dtype: torch.dtype, target: str) -> str:
     return as_set() if dtype == torch.float32 and has_tf32(target) else "ieee"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def as_set() -> str:
     """What torch is set to; a compiled step keeps what was set when it was compiled."""
     with LOCK:

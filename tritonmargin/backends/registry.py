@@ -9,10 +9,12 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor  # the ops' annotations are looked up here too, where `falling_back` is
+
+from tritonmargin.compiling import constant_result
 
 if TYPE_CHECKING:
     from tritonmargin.backends.types import Backend
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 MODULES = {"torch": "tritonmargin.backends.torch_backend", "triton": "tritonmargin.backends.triton"}
 BACKENDS = (*MODULES, "reference")
 LOADED: dict[str, Backend] = {}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _failed = False  # a kernel did, in a call that left the choice to the library
 _default = os.environ.get("TRITONMARGIN_BACKEND")
@@ -64,7 +68,7 @@ class use_backend(contextlib.ContextDecorator):
         _stated[:] = [*_stated[-100:], self]  # until it is entered it is a statement
         follow()
 
-    def __call__(self, function: Any) -> Any:
+    def __call__(self, function: F) -> F:
         self.is_block()
         return super().__call__(function)
 
@@ -137,7 +141,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs tensors on a CUDA or ROCm device, got {device.type!r}"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def missing(index: int | None) -> str | None:
     """What this machine lacks for the kernels: Triton, or a GPU that it compiles for."""
     return looked_for(index)
@@ -157,7 +161,7 @@ def looked_for(index: int | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 @functools.cache
 def warn_once(reason: str) -> None:
     warnings.warn(
@@ -174,7 +178,7 @@ def load_backend(name: str) -> Backend:
     return LOADED[name]
 
 
-@torch.compiler.assume_constant_result  # a compiler runs it: it cannot trace an import
+@constant_result  # a compiler runs it: it cannot trace an import
 def load(name: str) -> None:
     if name not in LOADED:
         LOADED[name] = importlib.import_module(MODULES[name]).BACKEND

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from tritonmargin.arguments import check_flag, check_integer, check_name, check_path
 from tritonmargin.checkpoint.manifest import (
@@ -35,6 +34,7 @@ from tritonmargin.checkpoint.manifest import (
     read_manifest,
 )
 from tritonmargin.distributed.agreement import CheckpointError, Ranks, describe, in_background
+from tritonmargin.distributed.dtensors import is_dtensor
 
 # -- saving ------------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Writer(dcp.FileSystemWriter):
 
 def described(leaves: dict[str, Any]) -> dict[str, str]:
     """What has to be the same on all ranks of a leaf that only one of them writes."""
-    plain = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor)}
+    plain = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and not is_dtensor(leaf)}
     return dict.fromkeys(leaves, "") | {name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in plain.items()}
 
 

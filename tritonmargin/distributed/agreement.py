@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.distributed_c10d import _world
 
 T = TypeVar("T")
@@ -72,6 +71,8 @@ class Ranks:
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every rank; what it returned on each. Raises as `together` does."""
+        from torch.distributed.checkpoint import CheckpointException  # slow to import
+
         result: T | None = None
         failures: dict[int, str] = {}
         error: BaseException | None = None
@@ -125,7 +126,7 @@ def tell(future: Future[Any]) -> None:
 
 def causes(error: BaseException, rank: int) -> dict[int, str]:
     """What went wrong on which rank; torch.distributed.checkpoint tells every rank of the failures of all."""
-    if isinstance(error, CheckpointException):
+    if hasattr(error, "failures"):  # its CheckpointException
         return {failed: describe(cause) for failed, (cause, _) in error.failures.items()}
     return {rank: describe(error)}
 

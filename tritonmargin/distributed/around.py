@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tritonmargin.compiling import untraced
+
 if TYPE_CHECKING:
     from tritonmargin.modules import MarginSoftmaxLoss
 
@@ -68,7 +70,7 @@ class Around:
             self.ddp = weakref.ref(ddp)
         return self.names
 
-    @torch.compiler.disable  # it would be traced for one answer
+    @untraced  # it would be traced for one answer
     def somewhere(self, head: MarginSoftmaxLoss, flag: Tensor) -> Tensor:
         """Whether the flag is set on some rank of the DistributedDataParallel that has the weight, if there is one."""
         if "weight" not in self.names_in_ddp(head):

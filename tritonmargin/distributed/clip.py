@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tritonmargin.arguments import check_flag
 from tritonmargin.distributed.agreement import gave_up
+from tritonmargin.distributed.dtensors import is_dtensor
 from tritonmargin.margins.numbers import as_float
 from tritonmargin.optim.row_optimizer import NoGradient, rows_of
 
@@ -65,7 +65,7 @@ def clip_grad_norm_(
         raise RuntimeError(f"the norm of the gradients is {total.item()}, so they cannot be clipped")
     dense = [each for each in parameters if each.grad is not None and not each.grad.is_sparse]
     for split in (False, True):  # torch takes no list of both kinds
-        alike = [each for each in dense if isinstance(each.grad, DTensor) == split]
+        alike = [each for each in dense if is_dtensor(each.grad) == split]
         clip_grads_with_norm_(alike, max_norm, total, foreach)
     for each in parameters:
         if each.grad is not None and each.grad.is_sparse:
@@ -100,7 +100,7 @@ def norms_of(parameters: list[Tensor], p: float, foreach: bool | None) -> list[T
         if getattr(each, "_is_flat_param", False):
             raise TypeError("a flat parameter of FullyShardedDataParallel: call the wrapper's own clip_grad_norm_")
         shard, grad = getattr(each, "shard", None), each.grad
-        kind = shard.group if shard is not None else grad.device_mesh if isinstance(grad, DTensor) else None
+        kind = shard.group if shard is not None else grad.device_mesh if is_dtensor(grad) else None
         found = kinds.setdefault(kind, [])
         if isinstance(grad, NoGradient):
             grad.norm()  # which says why there is none
@@ -111,7 +111,7 @@ def norms_of(parameters: list[Tensor], p: float, foreach: bool | None) -> list[T
     norms = []
     for kind, grads in kinds.items():
         norm = get_total_norm(grads, p, foreach=foreach) if grads else None
-        if isinstance(norm, DTensor):
+        if is_dtensor(norm):
             norm = norm.full_tensor()
         norms.append(over_ranks(norm, p, kind) if isinstance(kind, dist.ProcessGroup) and norm is not None else norm)
     return norms

@@ -31,8 +31,6 @@ from tritonmargin.distributed.agreement import check_agreement, gave_up
 from tritonmargin.distributed.settings import Fingerprint, Settings
 from tritonmargin.distributed.state import Notice, watch_optimizers
 
-GRADIENT_FOR = ("ddp", "sum")
-
 # torch 2.13 has new names for them, and warns at the old ones.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tritonmargin.distributed.settings import Settings
 
+GRADIENT_FOR = ("ddp", "sum")  # see `MarginSoftmaxLoss`
+
 
 class Single:
     """See `distributed.shard.Shard`."""

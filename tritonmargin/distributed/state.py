@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tritonmargin.distributed.dtensors import is_dtensor
+
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from tritonmargin.distributed.shard import Shard
 
 ANOTHERS = (
@@ -55,7 +58,7 @@ def own_rows(name: str, value: Tensor, shard: Shard) -> Tensor:
     """
     if len(value) != shard.num_classes:
         raise ValueError(f"{name} has {len(value)} classes, this head {shard.num_classes} on all ranks")
-    if isinstance(value, DTensor):
+    if is_dtensor(value):
         if not is_whole(value) and not is_of_this_rank(value):
             raise of_another(name, value)  # at once: another rank may have what it needs, and not answer
         if part_of(value) == (shard.start, shard.stop):
@@ -69,7 +72,7 @@ def whole(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: it is the part of another rank, or of ranks that there are no more.
     """
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
         return value
     if is_whole(value):
         return value.to_local()
@@ -80,9 +83,11 @@ def whole(name: str, value: Tensor) -> Tensor:
 
 def like(name: str, value: Tensor, own: Tensor | None) -> Tensor:
     """A tensor of all classes as `own` has it, which `fully_shard` may have made a DTensor."""
-    if not isinstance(own, DTensor):
+    if not is_dtensor(own):
         return whole(name, value)
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
     if not is_whole(value) and not is_of_this_rank(value):
         raise of_another(name, value)
@@ -149,7 +154,7 @@ def local(tensor: Tensor) -> Tensor:
     Raises:
         TypeError: a DTensor that is not split by rows.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
     if any(each.is_partial() or getattr(each, "dim", 0) != 0 for each in tensor.placements):
         raise TypeError(f"tm.optim's optimizers need whole rows on a rank, got a DTensor split as {tensor.placements}")
@@ -158,7 +163,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def first_row(weight: Tensor) -> int:
     """A number of this rank's rows, another one for other rows and the same for the same."""
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         place = weight.device_mesh.get_coordinate() or ()
         split = [at for at, each in zip(place, weight.placements, strict=True) if not each.is_replicate()]
         return sum(at * 1009**power for power, at in enumerate(split))
@@ -169,9 +174,9 @@ def first_row(weight: Tensor) -> int:
 def rows_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A zero for each row, split as the rows are."""
     zeros = torch.zeros(len(local(weight)), dtype=dtype, device=weight.device)
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return zeros
-    return DTensor.from_local(zeros, weight.device_mesh, weight.placements, shape=weight.shape[:1], stride=(1,))
+    return type(weight).from_local(zeros, weight.device_mesh, weight.placements, shape=weight.shape[:1], stride=(1,))
 
 
 # -- torch's optimizers ----------------------------------------------------------------------------------------------
@@ -240,8 +245,7 @@ def rows_of_state(state: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
     return {
         name: own_rows(f"the state's {name!r}", value, shard)
         for name, value in state.items()
-        if isinstance(value, DTensor)
-        or (has_rows(value, shard.num_classes, weight) and len(weight) != shard.num_classes)
+        if is_dtensor(value) or (has_rows(value, shard.num_classes, weight) and len(weight) != shard.num_classes)
     }
 
 

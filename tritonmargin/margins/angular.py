@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin, TargetRows
-from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, sine, tl, triton
+from tritonmargin.margins.base import GRADIENT, Margin, RowFormula, TargetRows
 
 BEYOND_PI = ("cos-mm", "continuous", "raw", "easy", "clip")
 
@@ -26,7 +25,7 @@ class CosFace(Margin):
 
     m: float
 
-    def __init__(self, m: float = 0.35, s: float = 64.0) -> None:
+    def __init__(self, m: float | Tensor = 0.35, s: float | Tensor = 64.0) -> None:
         super().__init__(s)
         self.number("m", m)
 
@@ -34,14 +33,9 @@ class CosFace(Margin):
         return rows.product - rows.scale * self.tensor("m", rows.product.device)
 
     def row_formula(self, device: torch.device) -> RowFormula:
-        return RowFormula(cosface_formula, (self.tensor("m", device),))
+        from tritonmargin.margins import formulas  # and Triton with it
 
-
-@triton.jit
-def cosface_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
-    """numbers: m; no OPTIONS. cos is not clamped, as above."""
-    phi = cos - tl.load(numbers[0]).to(tl.float32)
-    return phi, tl.full(phi.shape, 1.0, tl.float32)
+        return RowFormula(formulas.cosface_formula, (self.tensor("m", device),))
 
 
 class CombinedMargin(Margin):
@@ -81,10 +75,10 @@ class CombinedMargin(Margin):
 
     def __init__(
         self,
-        m1: float = 1.0,
-        m2: float = 0.0,
-        m3: float = 0.0,
-        s: float = 64.0,
+        m1: float | Tensor = 1.0,
+        m2: float | Tensor = 0.0,
+        m3: float | Tensor = 0.0,
+        s: float | Tensor = 64.0,
         beyond_pi: str = "cos-mm",
         gradient: str = "exact",
     ) -> None:
@@ -118,7 +112,9 @@ class CombinedMargin(Margin):
         return self.tensor("m1", device), self.tensor("m2", device), self.tensor("m3", device)
 
     def row_formula(self, device: torch.device) -> RowFormula:
-        return RowFormula(combined_formula, self.tensors(device), (self.gradient, self.beyond_pi))
+        from tritonmargin.margins import formulas  # and Triton with it
+
+        return RowFormula(formulas.combined_formula, self.tensors(device), (self.gradient, self.beyond_pi))
 
 
 class ArcFace(Margin):
@@ -140,7 +136,9 @@ class ArcFace(Margin):
     options: ClassVar = {"beyond_pi": BEYOND_PI, "gradient": GRADIENT}
     m: float
 
-    def __init__(self, m: float = 0.5, s: float = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact") -> None:
+    def __init__(
+        self, m: float | Tensor = 0.5, s: float | Tensor = 64.0, beyond_pi: str = "cos-mm", gradient: str = "exact"
+    ) -> None:
         super().__init__(s)
         self.beyond_pi = beyond_pi
         self.gradient = gradient
@@ -162,7 +160,9 @@ class ArcFace(Margin):
         return found
 
     def row_formula(self, device: torch.device) -> RowFormula:
-        return RowFormula(arcface_formula, (self.tensor("m", device),), (self.gradient, self.beyond_pi))
+        from tritonmargin.margins import formulas  # and Triton with it
+
+        return RowFormula(formulas.arcface_formula, (self.tensor("m", device),), (self.gradient, self.beyond_pi))
 
 
 def written_out(margin: Margin, kind: type[Margin], cos: Tensor, *numbers: Tensor) -> bool:
@@ -230,60 +230,3 @@ def combined_slope(cos: Tensor, m1: Tensor | None, m2: Tensor, beyond_pi: str) -
 def angle(cos: Tensor, m1: Tensor | None, m2: Tensor) -> Tensor:
     theta = torch.acos(cos)
     return (theta if m1 is None else m1 * theta) + m2
-
-
-# -- the same inside a kernel ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def arcface_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
-    """numbers: m; OPTIONS: gradient, beyond_pi. No angle: cos(theta + m) by the addition theorem."""
-    m = tl.load(numbers[0]).to(tl.float64)
-    a, b = cosine(m).to(tl.float32), sine(m).to(tl.float32)
-    cos, near = clamped(cos)
-    inner = cos * a - tl.sqrt_rn((1.0 - cos) * (1.0 + cos)) * b
-    slope = a + near * b / tl.sqrt_rn((1.0 - near) * (1.0 + near))
-    phi, slope = with_beyond(cos, near, inner, slope, cos < -a, near < -a, m, OPTIONS[1])
-    return finished(phi, slope, OPTIONS[0])
-
-
-@triton.jit
-def combined_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
-    """numbers: m1, m2, m3; OPTIONS: gradient, beyond_pi."""
-    m1, m2, m3 = numbers
-    m1, m2, m3 = tl.load(m1).to(tl.float64), tl.load(m2).to(tl.float64), tl.load(m3).to(tl.float64)
-    cos, near = clamped(cos)
-    cos, near = cos.to(tl.float64), near.to(tl.float64)
-    alpha, beta = m1 * arccos(cos) + m2, m1 * arccos(near) + m2
-    slope = m1 * sine(beta) / tl.sqrt((1.0 - near) * (1.0 + near))
-    excess = 3.141592653589793 - (3.141592653589793 - m2) / m1
-    # A number is rounded to float32 where it is compared, and is not where it is subtracted.
-    beyond, slope_beyond = alpha - 3.141592653589793 > 0.0, beta - 3.141592653589793 > 0.0
-    phi, slope = with_beyond(cos, near, cosine(alpha), slope, beyond, slope_beyond, excess, OPTIONS[1])
-    return finished(phi - m3, slope, OPTIONS[0])
-
-
-@triton.jit
-def with_beyond(
-    cos: tl.tensor,
-    near: tl.tensor,
-    inner: tl.tensor,
-    slope: tl.tensor,
-    beyond: tl.tensor,
-    slope_beyond: tl.tensor,
-    excess: tl.tensor,
-    BEYOND_PI: tl.constexpr,
-) -> Any:
-    """`inner` and its slope, or where alpha > pi the ones that `beyond_pi` names; excess: pi - theta0."""
-    outer, outer_slope = cos, 1.0
-    if BEYOND_PI == "easy":
-        beyond, slope_beyond = cos <= 0.0, near <= 0.0
-    elif BEYOND_PI == "clip":
-        outer, outer_slope = -1.0, 0.0
-    elif BEYOND_PI == "cos-mm":
-        outer = cos - (excess * sine(excess)).to(cos.dtype)
-    elif BEYOND_PI == "continuous":
-        outer = cos - (1.0 - cosine(excess)).to(cos.dtype)
-    if BEYOND_PI != "raw":
-        inner, slope = tl.where(beyond, outer, inner), tl.where(slope_beyond, outer_slope, slope)
-    return inner, slope

@@ -6,13 +6,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from tritonmargin.arguments import check_name
-from tritonmargin.margins.in_kernel import TRITON, RowFormula
 from tritonmargin.margins.numbers import Numbers, as_float
 
 GRADIENT = ("exact", "straight-through")
@@ -37,6 +36,14 @@ class TargetRows:
             # A zero row has scale 0 and product 0. Dividing by 1 there keeps 0/0 out of the gradient too.
             return self.product / torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
         return self.product / self.scale
+
+
+class RowFormula(NamedTuple):
+    """A margin for a kernel. Whoever launches it has to look whether the numbers are on the kernel's device."""
+
+    function: Any = None  # the Triton function, of formulas.py; None: phi is cos
+    numbers: tuple[Tensor, ...] = ()  # 0-dim, what they hold may change from launch to launch
+    options: tuple[Any, ...] = ()  # constants of the compilation
 
 
 def inside(function: Callable[[Tensor], Tensor], cos: Tensor) -> Tensor:
@@ -86,7 +93,7 @@ class Margin(Numbers):
     options: ClassVar[dict[str, tuple[str, ...]]] = {}  # named choices and what they may be; shown by repr
     s: float
 
-    def __init__(self, s: float = 64.0) -> None:
+    def __init__(self, s: float | Tensor = 64.0) -> None:
         super().__init__()
         for name in ("gradient", *FLAGS):
             self.check_choice(name, getattr(self, name))
@@ -120,7 +127,7 @@ class Margin(Numbers):
             return None
         own, dictionary = type(self), self.__dict__
         kind = kind_of(own)  # type: ignore[arg-type]
-        if not TRITON or kind is Margin or not isinstance(dictionary.get("s"), float):
+        if kind is Margin or not isinstance(dictionary.get("s"), float):
             return None
         for name in METHODS:  # of a subclass, or put on this object
             if getattr(own, name) is not getattr(kind, name) or name in dictionary:
@@ -176,7 +183,7 @@ class Margin(Numbers):
         """Of the numbers, as `repr` shows them."""
         return [name for name in self._held if name != "s"] + ["s"] * self.unit_embeddings
 
-    def with_schedule(self, **schedules: Callable[[int], float]) -> Margin:
+    def with_schedule(self, **schedules: Callable[[int], float]) -> Self:
         """Attach functions of the step number, e.g. `m=tm.WarmUp(0.0, 0.5, steps=2000)`; returns the margin.
 
         Raises:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import GRADIENT, Margin
-from tritonmargin.margins.in_kernel import RowFormula, arccos, clamped, cosine, finished, odd, sine, tl, triton
+from tritonmargin.margins.base import GRADIENT, Margin, RowFormula
 from tritonmargin.margins.numbers import as_float, is_differentiated
 
 
@@ -36,7 +35,7 @@ class LSoftmax(Margin):
     m: int
     lam: float
 
-    def __init__(self, m: int = 4, lam: float = 0.0) -> None:
+    def __init__(self, m: int = 4, lam: float | Tensor = 0.0) -> None:
         super().__init__()
         self.m = m
         self.number("lam", lam)
@@ -59,7 +58,9 @@ class LSoftmax(Margin):
         return (lam * cos + psi_integer(cos, self.m)) / (1.0 + lam)
 
     def row_formula(self, device: torch.device) -> RowFormula:
-        return RowFormula(annealed_formula, (self.tensor("lam", device),), (self.gradient, self.m))
+        from tritonmargin.margins import formulas  # and Triton with it
+
+        return RowFormula(formulas.annealed_formula, (self.tensor("lam", device),), (self.gradient, self.m))
 
     def extra_repr(self) -> str:
         return f"m={self.m}, {super().extra_repr()}"
@@ -103,7 +104,7 @@ class SphereFaceR(Margin):
     options: ClassVar = {"gradient": GRADIENT}
     m: float
 
-    def __init__(self, m: float = 1.7, s: float = 64.0, gradient: str = "exact") -> None:
+    def __init__(self, m: float | Tensor = 1.7, s: float | Tensor = 64.0, gradient: str = "exact") -> None:
         super().__init__(s)
         self.gradient = gradient
         self.number("m", m)
@@ -119,7 +120,9 @@ class SphereFaceR(Margin):
         return (1.0 - 2.0 * (k % 2)) * torch.cos(m * theta) - 2.0 * k
 
     def row_formula(self, device: torch.device) -> RowFormula:
-        return RowFormula(sphereface_r_formula, (self.tensor("m", device),), (self.gradient,))
+        from tritonmargin.margins import formulas  # and Triton with it
+
+        return RowFormula(formulas.sphereface_r_formula, (self.tensor("m", device),), (self.gradient,))
 
 
 def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]
@@ -134,34 +137,3 @@ def psi_integer(cos: Tensor, m: int) -> Tensor:  # [N] -> [N]
 def piece(theta: Tensor, m: float | Tensor) -> Tensor:  # [N] -> [N]
     """k = floor(m theta / pi), a constant for autograd. At theta = pi itself both neighbours give the same value."""
     return torch.floor(theta.detach() * m / math.pi)
-
-
-@triton.jit
-def annealed_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
-    """LSoftmax and ASoftmax; numbers: lam, OPTIONS: gradient, m."""
-    lam = tl.load(numbers[0]).to(tl.float64)
-    cos, near = clamped(cos)
-    psi, slope = psi_and_slope(cos, near, OPTIONS[1])
-    phi = (lam * cos.to(tl.float64) + psi) / (1.0 + lam)
-    return finished(phi, (lam + slope) / (1.0 + lam), OPTIONS[0])
-
-
-@triton.jit
-def sphereface_r_formula(cos: tl.tensor, numbers: tl.tuple, OPTIONS: tl.constexpr) -> Any:
-    """numbers: m, OPTIONS: gradient."""
-    cos, near = clamped(cos)
-    psi, slope = psi_and_slope(cos, near, tl.load(numbers[0]).to(tl.float64))
-    return finished(psi, slope, OPTIONS[0])
-
-
-@triton.jit
-def psi_and_slope(cos: tl.tensor, near: tl.tensor, m: tl.tensor) -> Any:
-    """psi of cos, and d psi / d cos at `near`, (-1)^k m sin(m theta) / sin(theta); m whole or not, float64."""
-    alpha = m * arccos(cos.to(tl.float64))
-    k = tl.floor(alpha * 0.3183098861837907)
-    value = cosine(alpha)
-    value = tl.where(odd(k), -value, value) - 2.0 * k
-    near = near.to(tl.float64)
-    alpha = m * arccos(near)
-    slope = m * sine(alpha) / tl.sqrt((1.0 - near) * (1.0 + near))
-    return value, tl.where(odd(tl.floor(alpha * 0.3183098861837907)), -slope, slope)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,10 @@ class Numbers(nn.Module):
         return held.setdefault(device, found)
 
     # -- however it is set -----------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # such as `head.margin.m`, which some margins have
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dict__.get("_held", ()):

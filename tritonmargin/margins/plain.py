@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonmargin.margins.base import Margin, TargetRows
-from tritonmargin.margins.in_kernel import RowFormula
+from tritonmargin.margins.base import Margin, RowFormula, TargetRows
 
 
 class Softmax(Margin):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tritonmargin.arguments import FLOATS, check_dtype, check_flag, check_integer, check_name
 from tritonmargin.backends.precision import accumulate
 from tritonmargin.checks import looks_at_values
+from tritonmargin.distributed.dtensors import is_dtensor
 from tritonmargin.distributed.state import first_row, like, local, own_rows, rows_like
 from tritonmargin.optim.update_rules import RowUpdate, mixed, update_rows
 
@@ -287,7 +287,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def check_weight(self, weight: Tensor) -> None:
         """ValueError or TypeError unless the optimizer has this parameter, and can write its rows."""
-        if isinstance(weight, DTensor):
+        if is_dtensor(weight):
             raise TypeError(
                 "update_in_backward inside fully_shard: it gathers the rows for each step and drops them. Call the "
                 "optimizer without update_in_backward, or shard the classes with process_group= outside of fully_shard"
