@@ -44,6 +44,16 @@ def check_inputs(inputs: LossInputs, sharded: bool, names: Mapping[str, str] = N
             raise ValueError(f"{names[name]} is on {tensor.device}, {x} on {device}: use one device")
 
 
+def check_replaced(name: str, parameter: Tensor | None, shape: tuple[int, ...], num_classes: int) -> None:
+    """A head's parameter that somebody may have replaced by one of another size."""
+    # Inside of torch's older FSDP a parameter is a vector without a shape of its own.
+    if parameter is not None and parameter.ndim == len(shape) and parameter.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, and this head of {num_classes} classes needs {shape}: make a "
+            "new head for other classes, or load a checkpoint into it with resize='grow'"
+        )
+
+
 def check_margin(margin: Margin) -> None:
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be a tritonmargin Margin such as tm.ArcFace(), got {margin!r}")

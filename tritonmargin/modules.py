@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritonmargin.arguments import check_device, check_dtype, check_flag, check_integer, check_name, check_number
-from tritonmargin.checks import check_class_vector, check_margin
+from tritonmargin.checks import check_class_vector, check_margin, check_replaced
 from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.around import Around
 from tritonmargin.distributed.dtensors import is_dtensor
@@ -24,7 +23,8 @@ from tritonmargin.sampling import Sampler
 from tritonmargin.spec import LossInputs, LossOptions, Stats
 
 if TYPE_CHECKING:
-    from tritonmargin.distributed.shard import Shard
+    from tritonmargin.distributed.settings import words_of
+from tritonmargin.distributed.shard import Shard
 
 ON_NONFINITE = ("raise", "skip")
 
@@ -79,7 +79,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     Raises:
         ValueError, TypeError: an option that does not fit, named. Under a process group also on every rank whose
-            options are not those of the first rank.
+            options are not those of the first rank. In a forward, and when the head is saved, also if `weight` or
+            `bias` were replaced by ones of another size.
         RuntimeError: under a process group whose ranks did not all make a head of it, within the group's timeout. A
             rank whose own head is of a smaller group, or of none, hears of it in `forward` after that.
     """
@@ -255,6 +256,7 @@ class MarginSoftmaxLoss(nn.Module):
             sampler = Sampler(self.sample_rate, self.sampler, ranks.start)
         sampled = class_ids is not None or sampler is not None
         try:
+            self.check_rows()
             check_flag("logq_correction", self.logq_correction)
             check_nonfinite(self.on_nonfinite)
             options = self.options(return_stats, self.logq_correction and sampled)
@@ -274,6 +276,12 @@ class MarginSoftmaxLoss(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward  # torch says of it that it takes and returns Any
+
+    def check_rows(self) -> None:
+        """ValueError if somebody has put a weight or a bias of another size in place of the head's."""
+        rows = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
+        check_replaced("weight", self.weight, (rows, self.embedding_dim), self.num_classes)
+        check_replaced("bias", self.bias, (rows,), self.num_classes)
 
     def options(self, return_stats: bool, logq_correction: bool) -> LossOptions:
         """Those of the next loss: the head's attributes may have changed since the last one."""
@@ -324,6 +332,7 @@ class MarginSoftmaxLoss(nn.Module):
     # -- the state dict: tensors of all classes, whichever rank has which ------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.check_rows()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shard is None:
             return
@@ -397,19 +406,6 @@ def shard_of(num_classes: int, group: dist.ProcessGroup | None, gradient_for: st
     from tritonmargin.distributed.shard import Shard  # with DTensor and torch._dynamo
 
     return Shard(num_classes, group, gradient_for)
-
-
-def words_of(margin: Margin) -> str:
-    """What ranks compare: the margin as it is printed, its plain attributes, its schedules."""
-    shown = (*margin.number_names, "s", "training")
-    plain = {
-        name: value
-        for name, value in sorted(vars(margin).items())
-        if isinstance(value, int | float | str) and not name.startswith("_") and name not in shown
-    }
-    schedules = dict(sorted(margin._schedules.items()))
-    words = f"{margin!r}" + (f" with {plain}" if plain else "") + (f" scheduled {schedules}" if schedules else "")
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", words)  # addresses in memory differ between ranks
 
 
 def check_head(embedding_dim: int, num_classes: int, margin: Margin, class_weight: Tensor | None, seed: int) -> None:

@@ -60,6 +60,7 @@ def export_centers(
     unfinished = path.with_name(path.name + ".partial")
 
     def begin() -> None:
+        head.check_rows()
         if writes:
             unfinished.write_bytes(header(head.num_classes, head.embedding_dim, dtype))
 
@@ -145,6 +146,7 @@ def import_insightface(folder: str | os.PathLike[str], head: MarginSoftmaxLoss) 
 
 def fill(folder: Path, head: MarginSoftmaxLoss) -> None:
     """The rows of this rank, from all files."""
+    head.check_rows()
     files = insightface_files(folder)
     counts = []
     for file in files:

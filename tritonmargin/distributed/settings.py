@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -78,3 +79,16 @@ class Fingerprint:
             self.number = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=7).digest(), "big")
             self.settings = settings
         return self.number
+
+
+def words_of(margin: Margin) -> str:
+    """What ranks compare: the margin as it is printed, its plain attributes, its schedules."""
+    shown = (*margin.number_names, "s", "training")
+    plain = {
+        name: value
+        for name, value in sorted(vars(margin).items())
+        if isinstance(value, int | float | str) and not name.startswith("_") and name not in shown
+    }
+    schedules = dict(sorted(margin._schedules.items()))
+    words = f"{margin!r}" + (f" with {plain}" if plain else "") + (f" scheduled {schedules}" if schedules else "")
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", words)  # addresses in memory differ between ranks
