@@ -13,6 +13,7 @@ from tritonmargin.checks import check_class_vector, check_margin, check_replaced
 from tritonmargin.distributed.agreement import Lookout, check_agreement
 from tritonmargin.distributed.around import Around
 from tritonmargin.distributed.dtensors import is_dtensor
+from tritonmargin.distributed.settings import words_of
 from tritonmargin.distributed.single import GRADIENT_FOR, SINGLE
 from tritonmargin.distributed.state import like, own_rows, whole
 from tritonmargin.loss import SETTINGS, compute_loss
@@ -23,8 +24,7 @@ from tritonmargin.sampling import Sampler
 from tritonmargin.spec import LossInputs, LossOptions, Stats
 
 if TYPE_CHECKING:
-    from tritonmargin.distributed.settings import words_of
-from tritonmargin.distributed.shard import Shard
+    from tritonmargin.distributed.shard import Shard
 
 ON_NONFINITE = ("raise", "skip")
 
