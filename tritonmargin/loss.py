@@ -142,6 +142,7 @@ def validated(
     checks.check_margin(margin)
     if updater is not None:
         updater.check_weight(inputs.weight)
+        updater.check_not_tied(inputs.weight, inputs.embeddings)
     embeddings, weight = inputs.embeddings, inputs.weight
     labels = Labels(inputs.target, ranks.classes(weight), options.ignore_index, ranks)
     device = embeddings.device.type

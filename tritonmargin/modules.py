@@ -18,6 +18,7 @@ from tritonmargin.distributed.single import GRADIENT_FOR, SINGLE
 from tritonmargin.distributed.state import like, own_rows, whole
 from tritonmargin.loss import SETTINGS, compute_loss
 from tritonmargin.margins import ArcFace, Margin
+from tritonmargin.nonfinite import skipped
 from tritonmargin.optim.row_optimizer import RowOptimizer
 from tritonmargin.optim.update_rules import mixed
 from tritonmargin.sampling import Sampler
@@ -68,10 +69,11 @@ class MarginSoftmaxLoss(nn.Module):
             the gradient of the loss.
         on_nonfinite: what to do when the loss is nan or inf, on all ranks alike: "raise" FloatingPointError, or
             "skip": return it such that backward leaves all gradients as they are, of `weight` and of the backbone.
-            Both wait for the device. None: nothing. Inside DistributedDataParallel its ranks agree in every forward
-            with gradients; inside `fully_shard` it is an error. With FSDP around the backbone call
-            `backbone.reshard()` after a loss that is not finite: its parameters stay gathered where backward does not
-            come, and a later update is not seen by them.
+            Both wait for the device. Under a GradScaler whose scale is a power of two from 1024 on, as its default is,
+            "skip" makes all gradients nan, so that the scaler skips the step. None: nothing. Inside
+            DistributedDataParallel its ranks agree in every forward with gradients; inside `fully_shard` it is an
+            error. With FSDP around the backbone call `backbone.reshard()` after a loss that is not finite: its
+            parameters stay gathered where backward does not come, and a later update is not seen by them.
         class_weight: [C], multiplies the loss of the class's samples.
         ignore_index, label_smoothing, reduction, objective: see `tm.margin_cross_entropy`.
         seed: of the class sampling.
@@ -305,10 +307,7 @@ class MarginSoftmaxLoss(nn.Module):
             value = loss.detach().sum()
             where = "of another rank is" if value.isfinite() else f"is {value.item()}:"
             raise FloatingPointError(f"the loss {where} nan or inf in some sample, on all ranks")
-        # A leaf of its own: backward reaches nothing, not even the embeddings, because a gradient of 0 times what is
-        # nan in a backbone is nan.
-        nothing = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=torch.is_grad_enabled())
-        return loss.detach() + nothing
+        return skipped(loss, scaled=self._updater is None)
 
     def update_in_backward(self, optimizer: RowOptimizer | None) -> None:
         """Let `optimizer` update `weight` during backward, chunk by chunk: its C x D gradient never exists.

@@ -312,7 +312,11 @@ def check_fit(
         there = saved.get(key)
         below = [name for name in asked if name.startswith(f"{key}.")]
         if below:
-            problems.append(f"{key!r} has no tensors in state but in the checkpoint, such as {below[0]!r}")
+            problems.append(
+                f"{key!r} has no tensors in state but in the checkpoint, such as {below[0]!r}. An optimizer of "
+                "torch's makes them in its first step. Before that, call torch.distributed.checkpoint.state_dict."
+                "get_optimizer_state_dict(model, optimizer) and then its state_dict()"
+            )
         elif there is None:
             problems.append(f"{key!r} is in state and not in the checkpoint")
         elif isinstance(leaf, Tensor) != isinstance(there, TensorStorageMetadata):

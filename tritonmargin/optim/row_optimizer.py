@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ SCALED = 1024.0
 class NoGradient(Tensor):
     """What stands in `weight.grad` after the rows were updated in backward: it says why there is nothing to use."""
 
-    optimizer: RowOptimizer  # the one that updated them
+    optimizer: weakref.ref[RowOptimizer]  # the one that updated them; it holds the weight, which holds this
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,7 +104,7 @@ class RowOptimizer(torch.optim.Optimizer):
             for weight in group["params"]:
                 grad = weight.grad
                 if isinstance(grad, NoGradient):
-                    if grad.optimizer is not self:
+                    if grad.optimizer() is not self:
                         raise RuntimeError(
                             "update_in_backward: another optimizer than this one updated the weight's rows"
                         )
@@ -296,6 +297,24 @@ class RowOptimizer(torch.optim.Optimizer):
         if not weight.is_contiguous():
             raise ValueError("update_in_backward: weight must be contiguous")
 
+    def check_not_tied(self, weight: Tensor, embeddings: Tensor) -> None:
+        """ValueError if the embeddings are made from the weight; looked at until they have had a gradient once."""
+        seen: set[int] = self.__dict__.setdefault("_not_tied", set())
+        if id(weight) in seen or not (weight.requires_grad and embeddings.requires_grad):
+            return
+        own, found, left = torch.autograd.graph.get_gradient_edge(weight).node, set(), [embeddings.grad_fn]
+        while left:
+            node = left.pop()
+            if node is own:
+                raise ValueError(
+                    "update_in_backward: the embeddings are made from the head's weight (tied weights), whose gradient "
+                    "then has another part. Use the optimizer without update_in_backward, or do not share the weight"
+                )
+            if node is not None and node not in found:
+                found.add(node)
+                left += [each for each, _ in node.next_functions]
+        seen.add(id(weight))
+
     def refuse_scaled(self, weight: Tensor, grad: Tensor) -> None:
         """For the gradient that a loss receives in backward, before it moves rows.
 
@@ -341,7 +360,7 @@ class RowOptimizer(torch.optim.Optimizer):
         # Kernels write without autograd's knowledge: other losses that were computed from these rows must not go back.
         torch.autograd.graph.increment_version(weight)
         nothing = weight.new_zeros(()).expand(weight.shape).as_subclass(NoGradient)
-        nothing.optimizer = self
+        nothing.optimizer = weakref.ref(self)
         weight.grad = nothing
 
     def chunks(self, weight: Tensor, count: int) -> Iterator[slice]:
