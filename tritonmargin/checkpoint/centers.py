@@ -48,14 +48,16 @@ def export_centers(
 
     Raises:
         CheckpointError: on all ranks, with the rank that failed and the cause.
-        ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit; on the other ranks of a sharded head CheckpointError.
     """
     dtype = torch.float32 if dtype is None else dtype
     check_head(head)
-    check_path("path", path)
-    check_dtype("dtype", dtype, tuple(FORMATS))
-    check_integer("chunk_classes", chunk_classes, 1)
-    ranks, shard, path = ranks_of(head), shard_of(head), Path(path)
+    ranks = ranks_of(head)
+    with ranks.heard():
+        check_path("path", path)
+        check_dtype("dtype", dtype, tuple(FORMATS))
+        check_integer("chunk_classes", chunk_classes, 1)
+    shard, path = shard_of(head), Path(path)
     writes = shard is None or shard.rank == 0
     unfinished = path.with_name(path.name + ".partial")
 
@@ -140,8 +142,10 @@ def import_insightface(folder: str | os.PathLike[str], head: MarginSoftmaxLoss) 
             nothing is changed then.
     """
     check_head(head)
-    check_path("folder", folder)
-    ranks_of(head).together(partial(fill, Path(folder), head))
+    ranks = ranks_of(head)
+    with ranks.heard():
+        check_path("folder", folder)
+    ranks.together(partial(fill, Path(folder), head))
 
 
 def fill(folder: Path, head: MarginSoftmaxLoss) -> None:

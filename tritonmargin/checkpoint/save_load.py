@@ -60,7 +60,8 @@ def save(
         step: number of the checkpoint.
         group: its ranks write; None: the default group, or this process alone without torch.distributed. The first
             save or load of a group makes a gloo group of the same ranks, for what they have to say to each other. It
-            waits for a rank that is slow, or stuck, for torch's 30 minutes: writing takes longer than a collective.
+            has the group's timeout: that long the ranks that are done with their part wait for one that is slow, or
+            gone.
         keep: that many checkpoints remain, those of the highest steps; the one just written always does.
         asynchronous: copy the state to the CPU, return, and write in a background thread: one more copy of the
             rank's part of the state in host memory, and training may go on and change it. The thread has the gloo
@@ -73,14 +74,15 @@ def save(
 
     Raises:
         CheckpointError: on all ranks, with the rank that failed and the cause.
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit; on the other ranks CheckpointError.
     """
-    check_path("folder", folder)
-    check_state(state)
-    check_integer("step", step, 0)
-    check_integer("keep", keep, 1)
-    check_flag("asynchronous", asynchronous)
     ranks = Ranks(group)
+    with ranks.heard():
+        check_path("folder", folder)
+        check_state(state)
+        check_integer("step", step, 0)
+        check_integer("keep", keep, 1)
+        check_flag("asynchronous", asynchronous)
     prepared: Future[dict[str, Any]] = Future()
     try:
         leaves = leaves_at(slots(state))
@@ -221,15 +223,16 @@ def load(
     Raises:
         CheckpointError: a file is damaged or missing, names or shapes do not fit; with the steps of the other complete
             checkpoints.
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit; on the other ranks CheckpointError.
     """
-    check_path("folder", folder)
-    check_state(state)
-    if resize is not None:
-        check_name("resize", resize, ("grow",))
-    if step is not None:
-        check_integer("step", step, 0)
     ranks = Ranks(group)
+    with ranks.heard():
+        check_path("folder", folder)
+        check_state(state)
+        if resize is not None:
+            check_name("resize", resize, ("grow",))
+        if step is not None:
+            check_integer("step", step, 0)
     # What the first rank sees counts: another save may be at work.
     steps = ranks.gather(lambda: complete_steps(Path(folder)) if ranks.rank == 0 else {})[0]
     if step is None and not steps:

@@ -6,10 +6,13 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +22,19 @@ from torch.distributed.distributed_c10d import _world
 T = TypeVar("T")
 
 _gloo: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
-_thread = ThreadPoolExecutor(1, thread_name_prefix="tritonmargin")
 _running: list[Future[Any]] = []
+_inherited: set[dist.ProcessGroup] = set()  # those of the process that this one was forked from
+
+
+def forget_parent() -> None:
+    """A forked process has neither the thread that writes for its parent nor those of its parent's process groups."""
+    _running.clear()
+    if dist.is_available() and dist.is_initialized():
+        _inherited.update(_world.pg_map)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_parent)
 
 
 class CheckpointError(RuntimeError):
@@ -39,6 +53,8 @@ class Ranks:
 
     Raises:
         ValueError, TypeError: this rank is not part of the group, or it is none.
+        CheckpointError: the others did not answer within the group's timeout, or the group is of the process that this
+            one was forked from.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
@@ -54,10 +70,30 @@ class Ranks:
         assert group is not None
         if dist.get_rank(group) < 0:
             raise ValueError("group: this rank is not part of it")
+        if group in _inherited:
+            raise CheckpointError(
+                "this process was forked from one that had initialised torch.distributed, and the group's threads are "
+                "there. Save and load in that process; or start this one with 'spawn' or 'forkserver'"
+            )
         if group not in _gloo:
-            _gloo[group] = gloo_group(group)
+            try:
+                _gloo[group] = gloo_group(group)
+            except Exception as lost:
+                raise CheckpointError(
+                    f"rank {dist.get_rank(group)}: lost contact with the other ranks: {lost}"
+                ) from lost
         self.group = _gloo[group]
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """What is raised inside is raised here, and the other ranks hear of it where they `gather` next."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            with contextlib.suppress(CheckpointError):
+                self.gather(partial(fail, error))
+            raise
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; what it returned on this one.
@@ -94,11 +130,15 @@ class Ranks:
         return [result for result, _ in outcomes]
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the ranks of `group`, made by them alone."""
-    members = dist.get_process_group_ranks(group)
+    """A gloo group of the ranks of `group`, made by them alone, which waits for them as long as `group` does."""
+    members, timeout = dist.get_process_group_ranks(group), timeout_of(group)
     if len(members) == dist.get_world_size():
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=timeout)
     # The group gets a name from its members and from the number of groups that the process is in. Where the numbers
     # differ, its ranks would wait for each other under different names.
     own = len(_world.pg_names)
@@ -106,14 +146,52 @@ def gloo_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     dist.all_gather_object(numbers, own, group=group)
     for _ in range(max(numbers) - own):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    return dist.new_group(members, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """What the group was made with; None, torch's default, where its backend does not say."""
+    for device in group._device_types:
+        options: Any = getattr(group._get_backend(device), "options", None)
+        if hasattr(options, "_timeout"):
+            found: timedelta = options._timeout
+            return found
+    return None
+
+
+class Background(Future[T]):
+    """The result of work in a thread of this process. A process that is forked from it has no such thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process, self.finished = os.getpid(), False
+
+    def run(self, work: Callable[[], T]) -> None:
+        try:
+            self.set_result(work())
+        except BaseException as error:
+            self.set_exception(error)
+        self.finished = True
+
+    def check_process(self) -> None:
+        if os.getpid() != self.process and not self.finished:
+            raise CheckpointError("this process was forked while its parent saved: only the parent has the result")
+
+    def result(self, timeout: float | None = None) -> T:
+        self.check_process()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.check_process()
+        return super().exception(timeout)
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Do `work` in the one background thread."""
-    future = _thread.submit(work)
+    """Do `work` in a thread. There is one at a time: whoever begins something waits for what is running (`Ranks`)."""
+    future: Background[T] = Background()
     future.add_done_callback(tell)
     _running[:] = [future]
+    threading.Thread(target=future.run, args=(work,), name="tritonmargin").start()
     return future
 
 
