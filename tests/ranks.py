@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# Those that are missing are passed over.
-CONTEXT.set_forkserver_preload(["tritonmargin", "pytest", "examples.glyphs.partial_fc"])
+# What ranks import when they first need it, too. Those that are missing are passed over.
+USED = ["tritonmargin.checkpoint", "tritonmargin.distributed.shard", "torch._dynamo", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload(["tritonmargin", *USED, "pytest", "examples.glyphs.partial_fc"])
 SECONDS = 60.0
 WORLD = 4  # ranks of the fixture `pool`
 D = 5

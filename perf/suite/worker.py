@@ -36,7 +36,7 @@ def context() -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     found = multiprocessing.get_context("forkserver")
     names = [f"perf.providers.{module.name}" for module in pkgutil.iter_modules(providers.__path__)]
-    others = ["torch._dynamo", "pytorch_metric_learning.losses"]  # what is not installed is passed over
+    others = ["torch._dynamo", "triton", "pytorch_metric_learning.losses"]  # what is not installed is passed over
     found.set_forkserver_preload(["perf.suite.worker", *names, *others])
     return found
 
