@@ -20,6 +20,7 @@ import tritonmargin as tm
 from tritonmargin.class_pass.op import class_pass
 from tritonmargin.margins import MARGINS
 from tritonmargin.objectives import OBJECTIVES
+from tritonmargin.sampling import draw
 from tritonmargin.spec import PassInputs, PassOutput, PassSpec
 
 # The machine of this run (see conftest.py), and the backends that work there.
@@ -85,8 +86,9 @@ def labels(c: int, n: int, seed: int = 0) -> Tensor:
 
 def sampled(target: Tensor, classes: int, samples: int, generator: torch.Generator) -> Tensor:
     """`sample_classes`, the same sample on every machine: a generator of the CPU draws on the CPU alone."""
+    state = torch.empty(2, dtype=torch.int64, device="cpu").random_(generator=generator)
     with tm.use_backend("torch"):  # where every tensor says that it is on a GPU, kernels take their time
-        return tm.sample_classes(target.cpu(), classes, samples, generator).to(target.device)
+        return draw(target.cpu().long(), state, 0, classes, samples).to(target.device)
 
 
 def problem(n: int = 6, d: int = 9, c: int = 131, *, bias: bool = False, seed: int = 0) -> Problem:
