@@ -42,6 +42,8 @@ def check_inputs(inputs: LossInputs, sharded: bool, names: Mapping[str, str] = N
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{names[name]} is on {tensor.device}, {x} on {device}: use one device")
+    if device.type == "meta":
+        raise NotImplementedError(f"{x} and all else are on the meta device: a loss needs numbers, or FakeTensorMode")
 
 
 def check_replaced(name: str, parameter: Tensor | None, shape: tuple[int, ...], num_classes: int) -> None:

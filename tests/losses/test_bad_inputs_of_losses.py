@@ -19,6 +19,7 @@ from bad_inputs import (
     ROWS,
     VECTOR,
     C,
+    D,
     Setting,
     check_refused,
     rows,
@@ -108,6 +109,18 @@ def test_options_that_do_not_go_together(wrong: dict[str, Any], word: str, setti
     margin = tm.ArcFace()
     for loss in (tm.margin_cross_entropy, tm.reference.margin_cross_entropy):
         check_refused(setting, lambda loss=loss: loss(setting.x, setting.w, setting.y, margin, **wrong), word)
+
+
+def test_everything_on_the_meta_device(setting: Setting) -> None:
+    x, w, y = (tensor.to("meta") for tensor in (setting.x, setting.w, setting.y))
+    head = tm.MarginSoftmaxLoss(D, C, sample_rate=0.5, device="meta")
+    for call, word in (
+        (lambda: tm.margin_cross_entropy(x, w, y, tm.ArcFace()), "embeddings"),
+        (lambda: tm.linear_cross_entropy(x, w, y), "input"),
+        (lambda: tm.reference.margin_cross_entropy(x, w, y, tm.Softmax()), "embeddings"),
+        (lambda: head(x, y), "embeddings"),
+    ):
+        check_refused(setting, call, f"{word} and all else are on the meta device")
 
 
 def test_labels_of_a_single_sample(setting: Setting) -> None:
