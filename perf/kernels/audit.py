@@ -128,11 +128,9 @@ def budgets(frame: pd.DataFrame) -> pd.DataFrame:
 
 def declared(line: Any, budget: str) -> str | None:
     """Why a line may break the budget, if it may."""
-    for each in DECLARED:
-        known = (each.target, each.budget) == (line.target, budget) and line.spills <= each.spills
-        if known and line.case in each.cases and line.dtype in each.dtypes:
-            return each.why
-    return None
+    known = [each for each in DECLARED if (each.target, each.budget) == (line.target, budget)]
+    known = [each for each in known if line.case in each.cases and line.dtype in each.dtypes]
+    return next((each.why for each in known if line.spills <= each.spills), None)
 
 
 def write(frame: pd.DataFrame, out: Path) -> Path:
@@ -142,8 +140,7 @@ def write(frame: pd.DataFrame, out: Path) -> Path:
     frame.to_csv(out / "kernels.csv", index=False)
     shown = frame[(frame["dtype"] == "bfloat16") & (frame["D"] == cases.D)]
     shown = shown.drop(columns=["dtype", "D", "N", "kernel"])
-    page = out / "kernels.md"
-    page.write_text(f"""# The kernels as machine code
+    (page := out / "kernels.md").write_text(f"""# The kernels as machine code
 
 Written by `python -m perf audit` on {time.strftime("%Y-%m-%d")} with triton {triton.__version__}. Every kernel was
 compiled by Triton as the library launches it, for GPUs that were not there, and its machine code read. **Nothing ran,

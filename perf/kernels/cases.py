@@ -21,6 +21,7 @@ import tritonmargin as tm
 from perf.kernels.gpus import Gpu
 from perf.suite.problem import matmul_precision
 from perf.suite.steps import Loss, TrainingStep
+from tritonmargin import sampling
 from tritonmargin.backends import precision, registry, tiles
 from tritonmargin.backends.triton import draw_kernels, numbers, plan, products
 from tritonmargin.spec import PassInputs, PassSpec
@@ -105,11 +106,11 @@ def on(gpu: Gpu) -> Iterator[None]:
     def there(tensor: Tensor) -> tiles.Device:  # not a Mock that returns it: those take the CPU microseconds
         return device
 
-    with (
-        mock.patch.object(registry, "why_not_triton", nothing),
-        mock.patch.object(plan, "device_of", there),
-        mock.patch.object(precision, "device_of", there),
-    ):
+    with contextlib.ExitStack() as patches:
+        for module in (registry, sampling):
+            patches.enter_context(mock.patch.object(module, "why_not_triton", nothing))
+        for module in (plan, precision):
+            patches.enter_context(mock.patch.object(module, "device_of", there))
         yield
 
 
