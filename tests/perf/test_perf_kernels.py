@@ -71,7 +71,7 @@ def test_budgets_fail_on_what_is_not_declared(tmp_path: Path, monkeypatch: pytes
     assert set(audit.budgets(audited)["met"]) <= {"yes", "no, as declared"}
     assert {*cases.IN_A_STEP, *cases.CASES} <= {case.partition(", ")[2] for case in audited["case"]}
     same = (audited["target"] == "sm_90") & (audited["dtype"] == "bfloat16") & (audited["D"] == 512)
-    audited = audited[same & (audited["spills"] == 0)]
+    audited = audited[same & ((audited["spills"] == 0) | (audited["case"] == cases.ADAMW))]
     spill, few, units = audit.NO_SPILL, audit.FEW_SPILLS, audit.MATRIX_UNITS
     why = audit.Declared("sm_90", spill, ("loss",), why="a reason", spills=8)
     monkeypatch.setattr(audit, "DECLARED", (why,))
