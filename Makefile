@@ -41,8 +41,7 @@ check: $(VENV)/test.done lint perf-check
 # What kernels compute, at the sizes and options that most go through; test-all runs every test on every machine.
 test: $(VENV)/test.done
 	$(PYTEST) -m "not slow" $(ARGS)
-	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" tests/kernels/test_class_pass.py tests/kernels/test_fused_loss.py \
-		tests/losses/test_golden.py
+	TRITONMARGIN_TESTS=ttsem-90 $(PYTEST) -m "not slow" tests/kernels tests/losses/test_golden.py
 	TRITONMARGIN_TESTS=ttsem-80 $(PYTEST) -m "not slow" -k $(FEWER) $(KERNELS)
 
 test-all: $(VENV)/test.done

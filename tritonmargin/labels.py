@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -134,3 +135,16 @@ class ActiveClasses:
             error = raised
         self.labels.ranks.agree(error, own.device)
         return row
+
+
+def sampling_offset(active: ActiveClasses, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """log((C - P)/(S - P)) for each active class that is nobody's target, 0 for the P others; and its bound."""
+    position, count, classes = active.position, active.count, active.rows
+    positive = torch.zeros(count + 1, dtype=torch.bool, device=position.device)
+    positive[position] = True  # -1, no class, is the last one
+    positive = positive[:count]
+    positives = positive.sum()
+    negatives = (count - positives).clamp(min=1).to(dtype)
+    offset = torch.log((classes - positives).to(dtype) / negatives)
+    highest = math.log(max(classes, 1) / max(count - len(position), 1))
+    return torch.where(positive, 0.0, offset), highest

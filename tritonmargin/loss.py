@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tritonmargin.class_pass.exp_range import is_bounded
 from tritonmargin.class_pass.op import class_pass, forward_mode, seen_as_ops
 from tritonmargin.distributed.settings import Settings
 from tritonmargin.distributed.single import SINGLE, Single
-from tritonmargin.labels import ActiveClasses, Labels
+from tritonmargin.labels import ActiveClasses, Labels, sampling_offset
 from tritonmargin.margins import Margin, TargetRows
 from tritonmargin.margins.base import logit_of
 from tritonmargin.objectives import OBJECTIVES, smoothed, with_slope
@@ -384,19 +383,6 @@ def smoothing_weight(call: Call) -> Tensor:  # [C]
     a = one if class_weight is None else class_weight.detach().to(call.sums)
     a = a / call.ranks.all_sum(torch.full_like(one, call.active.count)).clamp(min=1)
     return a.expand(call.inputs.weight.shape[0])  # one number, or C of them that are there already
-
-
-def sampling_offset(active: ActiveClasses, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """log((C - P)/(S - P)) for each active class that is nobody's target, 0 for the P others; and its bound."""
-    position, count, classes = active.position, active.count, active.rows
-    positive = torch.zeros(count + 1, dtype=torch.bool, device=position.device)
-    positive[position] = True  # -1, no class, is the last one
-    positive = positive[:count]
-    positives = positive.sum()
-    negatives = (count - positives).clamp(min=1).to(dtype)
-    offset = torch.log((classes - positives).to(dtype) / negatives)
-    highest = math.log(max(classes, 1) / max(count - len(position), 1))
-    return torch.where(positive, 0.0, offset), highest
 
 
 def hardest_of(out: PassOutput, given: PassInputs) -> tuple[Tensor, Tensor]:

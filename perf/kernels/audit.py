@@ -46,15 +46,13 @@ class Declared(NamedTuple):
     spills: int = TOLERATED  # bytes at most
 
 
-REGISTERS = "wants a few bytes more than the registers that let a second block in."
+MORE = "wants more than the registers that let a second block in."
 POWERS = "float16's powers of two beside an update in backward leave one block a processor, or spill."
 DECLARED = (
-    Declared("sm_90", NO_SPILL, ("weigh, label smoothing",), ("float16",), f"sm_90: smoothing {REGISTERS}"),
-    Declared(
-        "sm_90", NO_SPILL, ("finish, 16 samples", "finish, 64 samples"), ("tf32",), f"sm_90: a float32 row {REGISTERS}"
-    ),
-    Declared("sm_80", NO_SPILL, ("reduce, statistics", HEAVIEST), why=f"sm_80: the hardest class {REGISTERS}"),
-    Declared("sm_100", NO_SPILL, ("weigh, bias", "weigh, everything", HEAVIEST), why=f"sm_100: a bias {REGISTERS}"),
+    Declared("sm_90", NO_SPILL, ("weigh, label smoothing",), ("float16",), f"sm_90: smoothing {MORE}"),
+    Declared("sm_90", NO_SPILL, ("finish, 16 samples", "finish, 64 samples"), ("tf32",), f"sm_90: a row {MORE}"),
+    Declared("sm_80", NO_SPILL, ("reduce, statistics", HEAVIEST), why=f"sm_80: the hardest class {MORE}"),
+    Declared("sm_100", NO_SPILL, ("weigh, bias", "weigh, everything", HEAVIEST), why=f"sm_100: a bias {MORE}"),
     Declared("sm_100", NO_SPILL, (SGD,), ("float16",), f"sm_100: {POWERS}", spills=144),
     Declared("sm_100", OVERLAPPED, (ADAMW,), ("float16",), f"sm_100: {POWERS}", spills=ADAMW_SPILLS),
 )

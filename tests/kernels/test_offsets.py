@@ -187,7 +187,7 @@ def back(ops: Any, place: Place, d: int) -> None:
     product, x, out = place("product", small(1, d)), small(2, d), small(0, d)
     numbers, grads = zeros(8, BLOCK) + 1, zeros(6, BLOCK) + 1
     ops.launch.call(
-        ops.row_kernels.back_kernel, N, product, x, numbers, grads, (), None, None, 0 * out, None, out,
+        ops.back_kernel.back_kernel, N, product, x, numbers, grads, (), None, None, 0 * out, None, out,
         BLOCK, 1.0, x.stride(), product.stride(0), UNIT=(False, False), NORM=True, D=d, BLOCK_D=32,
     )  # fmt: skip
     assert out.equal(small(1, d) + small(2, d))

@@ -17,6 +17,7 @@ from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import tritonmargin as tm
+from tritonmargin.class_pass import op
 
 # -- torch.compile -------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,25 @@ def test_a_step_compiled_by_inductor_is_the_eager_one(kind: str) -> None:
     compiled = torch.compile(network, fullgraph=True, dynamic=True)
     for given in (batch(), batch(n=5, seed=1)):
         assert_close(step(compiled, network, *given), step(network, network, *given))
+
+
+@cpu_only
+def test_a_graph_compiled_by_other_code_is_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's cache on disk outlives a version of this package, whose operators may have other results."""
+    network, given = Network(), batch()
+    found = torch._dynamo.utils.counters["inductor"]
+
+    def hits() -> int:
+        torch.compiler.reset()
+        before = found["fxgraph_cache_hit"]
+        step(torch.compile(network, fullgraph=True), network, *given)
+        return found["fxgraph_cache_hit"] - before
+
+    with torch._inductor.utils.fresh_cache():
+        assert hits() == 0
+        assert hits() == 2, "forward and backward"
+        monkeypatch.setattr(op, "CODE", "other")
+        assert hits() == 0
 
 
 @not_ttsem

@@ -8,6 +8,8 @@ fake tensors, dispatch modes) sees the same two functions as operators, `tritonm
 
 from __future__ import annotations
 
+import pkgutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Protocol
@@ -21,8 +23,21 @@ from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, Pas
 
 SAVED = 10  # tensors that a backend may save for backward: torch.func.vmap takes no lists of tensors
 INPUTS, OUTPUTS, GRADS = len(PassInputs._fields), len(PassOutput._fields), len(PassGrads._fields)
-SPEC = tuple(field.name for field in fields(PassSpec))
+SPEC = tuple(field.name for field in fields(PassSpec))  # ends with "backend"
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def code_of_results() -> str:
+    """Stands for the code that says which results the operators have.
+
+    Inductor keeps compiled graphs on disk by the operators' names and arguments. Of another version of this package,
+    whose results have other shapes, it must not find any.
+    """
+    files = ("class_pass/forward.py", "class_pass/op.py", "spec.py", "backends/triton/numbers.py")
+    return f"{zlib.crc32(b''.join(pkgutil.get_data('tritonmargin', name) or b'' for name in files)):08x}"
+
+
+CODE = code_of_results()
 batched = torch._C._functorch.is_legacy_batchedtensor  # torch.autograd.grad(is_grads_batched=True)
 
 
@@ -316,12 +331,12 @@ class TransformedBackward(torch.autograd.Function):
 
 
 def encode(spec: PassSpec) -> tuple[Any, ...]:
-    """The fields of a spec in the order of the schema."""
-    return tuple(getattr(spec, name) for name in SPEC)
+    """The fields of a spec in the order of the schema; the last one, the backend's name, with the code's."""
+    return (*(getattr(spec, name) for name in SPEC[:-1]), f"{spec.backend} {CODE}")
 
 
 def decode(values: Sequence[Any]) -> PassSpec:
-    return PassSpec(**dict(zip(SPEC, values, strict=True)))
+    return PassSpec(**dict(zip(SPEC, (*values[:-1], values[-1].partition(" ")[0]), strict=True)))
 
 
 def padded(saved: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:

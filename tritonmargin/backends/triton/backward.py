@@ -10,6 +10,7 @@ from torch import Tensor
 from tritonmargin.backends.tiles import row_block
 from tritonmargin.backends.triton import products
 from tritonmargin.backends.triton import row_kernels as rows_of
+from tritonmargin.backends.triton.back_kernel import back_kernel
 from tritonmargin.backends.triton.class_pass import Saved, chunk_rows
 from tritonmargin.backends.triton.finish_kernel import finish_kernel
 from tritonmargin.backends.triton.launch import blocks, call
@@ -271,7 +272,7 @@ class Backward:
         if plan.n:
             exact = None if self.exact is None else (self.exact.rows, self.exact.gradient, 1)
             call(
-                rows_of.back_kernel, plan.n, grad_x, inputs.x, saved.numbers, self.grads, self.upstream,
+                back_kernel, plan.n, grad_x, inputs.x, saved.numbers, self.grads, self.upstream,
                 None if half is None else half.power, None if half is None else half.extremes, saved.target_rows,
                 exact, found, plan.line, spec.scale, inputs.x.stride(), plan.line_d,
                 UNIT=(spec.unit_embeddings, spec.unit_weight), NORM=self.wanted.norm, D=plan.d,
