@@ -109,8 +109,8 @@ def reduce_logits(
 ) -> None:
     """Fold one chunk's logits z, targets masked, into `run`.
 
-    With `keep`, leaves in `tile` what backward can start from: exp(z) on the bounded path, and otherwise what it holds
-    now. `scratch` is a tile in the precision of sums; where z has to be kept, another buffer than `tile` and z.
+    With `keep`, leaves exp(z - shift) in `tile`, for backward. `scratch` is a tile in the precision of sums; where z
+    has to be kept, another buffer than `tile` and z.
     """
     if run.hardest is not None and run.hardest_row is not None:
         fold_hardest(z, widened(z, scratch).amax(dim=0), start, run.hardest, run.hardest_row)
@@ -131,7 +131,10 @@ def reduce_logits(
     # Where every logit so far is masked the maximum is -inf, and -inf - -inf would be nan.
     shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
     run.total *= torch.exp(run.maximum - shift)
-    run.total += exp_(torch.sub(z, shift, out=scratch)).sum(dim=0)
+    p = exp_(torch.sub(z, shift, out=scratch))
+    run.total += p.sum(dim=0)
+    if keep and p is not tile:
+        tile.copy_(p)
     run.maximum.copy_(maximum)
 
 

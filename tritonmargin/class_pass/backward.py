@@ -111,7 +111,7 @@ def dense_part(
     g = grads.rest.contiguous()
     if spec.bounded:
         return exp_part(g, saved.total, chunks, inputs.x, rows)
-    return softmax_part(g, saved.total, saved.shift, chunks, inputs.x)
+    return softmax_part(g, saved, chunks, inputs.x)
 
 
 def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads) -> Dense:
@@ -123,14 +123,17 @@ def exp_part(g: Tensor, total: Tensor, chunks: Chunks, x: Tensor, rows: RowGrads
     return Dense(g, lambda z, _: z.exp2_(), left, scratch, outer, undo, retained_is_p=True)
 
 
-def softmax_part(g: Tensor, total: Tensor, shift: Tensor, chunks: Chunks, x: Tensor) -> Dense:
+def softmax_part(g: Tensor, saved: Saved, chunks: Chunks, x: Tensor) -> Dense:
     """P_ij = exp(z_ij - shift_i). Not exp(z_ij - rest_i): rest is rounded, by 1e-5 where logits are some hundreds."""
 
     def fill(z: Tensor, scratch: Tensor) -> Tensor:
-        return exp_(torch.sub(widened(z, scratch), shift, out=scratch))
+        return exp_(torch.sub(widened(z, scratch), saved.shift, out=scratch))
 
-    g = g / total.masked_fill(total == 0, torch.inf)
-    return Dense(g, fill, chunks.operand(x * g[:, None]), chunks.scratch(separate=False))
+    g = g / saved.total.masked_fill(saved.total == 0, torch.inf)
+    left = chunks.operand(x * g[:, None])
+    if chunks.retains_p(len(saved.retained)):
+        return Dense(g, fill, left, None, retained_is_p=True)
+    return Dense(g, fill, left, chunks.scratch(separate=False))
 
 
 def hinge_part(g: Tensor, threshold: Tensor, chunks: Chunks, x: Tensor) -> Dense:
@@ -153,7 +156,7 @@ def dlogits(
     size = stop - start
     ready = retained[start:stop] if stop <= len(retained) else None
     if ready is not None and dense.retained_is_p:
-        return ready, None
+        return ready, exact_sums(ready, dense.g) if by_class and ready.dtype == chunks.acc else None
     tile = chunks.tile_buffer[:size]
     scratch = tile if dense.scratch is None else dense.scratch[:size]
     z = chunks.product(rows, tile) if ready is None else ready
@@ -250,7 +253,8 @@ class WeightGradient:
         direct = weight.dtype == chunks.dtype and (chunks.dtype == chunks.acc or final)
         self.direct = direct and self.packed and update is None
         self.product = chunks.x.new_empty(0 if self.direct else chunks.size, chunks.d)
-        self.wide = self.product if chunks.dtype == chunks.acc else self.product.to(chunks.acc)
+        same = chunks.dtype == chunks.acc
+        self.wide = self.product if same else torch.empty_like(self.product, dtype=chunks.acc)
 
     def add(self, p: Tensor | None, prepared: Rows, start: int, stop: int) -> None:
         """The chunk whose dlogits are P; None: 0."""

@@ -101,7 +101,7 @@ class Chunks:
         self.rows_buffer = self.x.new_empty(self.size, self.d)
         # Rows in the precision of sums, where the rows of the products are not.
         same = self.dtype == self.acc or not self.unit
-        self.wide_buffer = self.rows_buffer if same else self.rows_buffer.to(self.acc)
+        self.wide_buffer = self.rows_buffer if same else x.new_empty(self.size, self.d)
 
     @functools.cached_property
     def tile_buffer(self) -> Tensor:
@@ -117,6 +117,15 @@ class Chunks:
         if self.dtype == self.acc and not separate:
             return self.tile_buffer
         return new_tile(self.x, self.size, self.acc)
+
+    def retains_p(self, count: int) -> bool:
+        """Whether what forward retains of `count` classes is P of `dlogits`, and not logits.
+
+        It is exp(z) where that has a bound. Elsewhere it is exp(z - max), if one chunk has all classes and so knows the
+        maximum. A bias's gradient is a sum of P before it is rounded.
+        """
+        whole = count == self.classes <= self.size and (self.dtype == self.acc or self.bias is None)
+        return self.bounded or whole
 
     def per_sample(self, value: float, dtype: torch.dtype | None = None) -> Tensor:  # [N]
         return self.x.new_full((self.n,), value, dtype=dtype or self.acc)

@@ -42,6 +42,7 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
         again = spec.want_rest and inputs.threshold is not None
         scratch = chunks.scratch(separate=again)
         wide = chunks.scratch(separate=True) if chunks.adds_wide and again else scratch
+        keeps_p = inputs.threshold is None and chunks.retains_p(count)
         mean_row = x.new_zeros(0 if inputs.mean_weight is None else chunks.d)
         inverse = x.new_empty(chunks.classes if spec.unit_weight else 0)
         for start, stop in chunks.ranges():
@@ -55,7 +56,8 @@ def run_forward(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, Saved]:
                 keep = stop <= count
                 tile = retained[start:stop] if keep else chunks.tile_buffer[: stop - start]
                 z = chunks.logits(chunks.product(rows, tile), start, stop, wide[: stop - start])
-                reduce_logits(z, start, spec.bounded, tile, scratch[: stop - start], keep, run)
+                work = tile if keep and keeps_p and tile.dtype == scratch.dtype else scratch[: stop - start]
+                reduce_logits(z, start, spec.bounded, tile, work, keep and keeps_p, run)
         return results(inputs, chunks, run, mean_row, retained, inverse)
 
 
