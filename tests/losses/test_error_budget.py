@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from cases import BACKENDS, DEVICE, HALVES, MACHINE, MORE, made, sampled
@@ -243,3 +244,29 @@ def ratios(call: Call, backend: str, seed: int = 1) -> dict[str, float]:
 def test_any_call_is_within_twice_plain_codes_error(call: Call, backend: str, seed: int) -> None:
     for key, ratio in ratios(call, backend, seed).items():
         assert ratio <= 1.0, (key, ratio)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "objective"),
+    [*((torch.float32, name) for name in OBJECTIVES), *((dtype, "softmax") for dtype in HALVES)],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_many_samples_of_two_classes(backend: str, dtype: torch.dtype, objective: str) -> None:
+    """Every class row gets the sum of half of the samples. The loss is one number, and may be right by chance."""
+    n = 65_536 if MACHINE in ("cpu", "cuda") else 640
+    options = dict.fromkeys(("label_smoothing", "chunk_bytes", "retain_bytes"), 0) | {"chunk_bytes": None}
+    options |= {"objective": objective, "reduction": "mean", "class_weight": None, "logq_correction": False}
+    lengths = {"x": 1.0, "w": 0.3, "b": 0.3}
+    call = Call("CosFace", {"m": 0.2, "s": 16.0}, (n, 16, 2), lengths, 0.0, 1, 0.0, dtype, False, False, options)
+    error: dict[str, list[float]] = {key: [] for key in lengths}
+    allowed: dict[str, list[float]] = {key: [] for key in lengths}
+    for seed in (1, 2, 3):
+        given = given_by(call, seed)
+        exact, usual = plain(call, given, torch.float64, torch.float64), plain(call, given, dtype, torch.float32)
+        found = ours(call, given, backend)
+        for key in lengths:
+            error[key].append(float((found[key] - exact[key]).norm()))
+            allowed[key].append(float((usual[key].to(dtype) - exact[key]).norm()))
+    for key in lengths:
+        assert math.hypot(*error[key]) <= 2.0 * math.hypot(*allowed[key]), key

@@ -22,6 +22,8 @@ from tritonmargin.backends.precision import accumulate
 from tritonmargin.backends.variants import hinge
 from tritonmargin.optim.update_rules import RowUpdate, update_rows
 
+MANY = 64  # samples of a class; of more of them a sum is made in float64
+
 
 @dataclass
 class Running:
@@ -227,11 +229,20 @@ def fold_hardest(z: Tensor, value: Tensor, start: int, hardest: Tensor, hardest_
 
 
 def add_rows(out: Tensor, row: Tensor, values: Tensor) -> None:
-    """out[row] += values, equal rows in one order on every run: index_add_ is atomic on a GPU, index_put_ on a CPU."""
+    """out[row] += values, equal rows in one order on every run: index_add_ is atomic on a GPU, index_put_ on a CPU.
+
+    Many values of one row, added one after the other, would lose digits that a product keeps.
+    """
     if out.is_cuda:
         out.index_put_((row,), values, accumulate=True)
-    else:
-        out.index_add_(0, row, values)
+        return
+    if len(row) > MANY:
+        rows, index = row.unique(return_inverse=True)
+        if len(row) > MANY * len(rows):
+            sums = out.index_select(0, rows).double().index_add_(0, index, values.double())
+            out.index_copy_(0, rows, sums.to(out.dtype))
+            return
+    out.index_add_(0, row, values)
 
 
 def add_to_few(out: Tensor, start: int, grads: list[SampleGrad]) -> None:
