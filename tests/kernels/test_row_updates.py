@@ -83,6 +83,9 @@ def check_update(case: Case, rule: str, state_dtype: torch.dtype, ops: Any = num
     assert update.touched
     named = {"target_product": right.product, "target_norm": right.norm_w, "embedding_norm": right.norm_x}
     named["rest"] = right.others.logsumexp(dim=1)
+    if right.bias is not None:
+        at = position.cpu()
+        named["target_bias"] = torch.where(at >= 0, right.bias[at.clamp(min=0)], 0.0)
     sum((grads[name].cpu().double() * named[name]).sum() for name in grads).backward()
     place = slice(0, len(weight)) if inputs.class_ids is None else inputs.class_ids.cpu()
     update_rows(wanted, place, right.leaves["weight"].grad[place])

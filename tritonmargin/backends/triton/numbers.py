@@ -9,7 +9,7 @@ from tritonmargin.backends.triton import row_kernels as rows_of
 from tritonmargin.backends.triton.backward import Backward, Exact, Wanted
 from tritonmargin.backends.triton.class_pass import Saved, Slots, forward_pass
 from tritonmargin.backends.triton.launch import blocks, call
-from tritonmargin.backends.triton.plan import Plan, kept_copies, plan_for
+from tritonmargin.backends.triton.plan import LINE, Plan, kept_copies, plan_for
 from tritonmargin.optim.update_rules import RowUpdate
 from tritonmargin.spec import InputGrads, PassGrads, PassInputs, PassOutput, PassSpec
 
@@ -149,7 +149,7 @@ def fake(inputs: PassInputs, spec: PassSpec) -> tuple[PassOutput, tuple[Tensor, 
     x, weight = inputs.x, inputs.weight
     n, d = x.shape
     active = weight.shape[0] if inputs.class_ids is None else inputs.class_ids.shape[0]
-    line, line_n, line_d = (n + 127) // 128 * 128, (n + 15) // 16 * 16, (d + 15) // 16 * 16
+    line, line_n, line_d = (n + LINE - 1) // LINE * LINE, (n + 15) // 16 * 16, (d + 15) // 16 * 16
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return x.new_empty(shape, dtype=dtype)

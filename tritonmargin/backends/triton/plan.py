@@ -14,6 +14,7 @@ from tritonmargin.backends.triton.launch import blocks
 from tritonmargin.spec import PassSpec
 
 SLOTS = 64 << 20  # bytes that partial sums per sample may take
+LINE = 128  # numbers per sample come in so many: whole tiles of any GPU, so that a fake pass needs no tile
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def make_plan(
         how = (tiles.warps, tiles.stages, tiles.registers, tiles.programs, tiles.descriptors)
         reduce = Tile((tiles.block_n, tiles.block_c, tiles.block_d), parts(tiles.block_c), *how)
         weigh = Tile((tiles.block_c, tiles.block_n, tiles.block_d), parts(tiles.block_n), *how)
-    tall = max(reduce.shape[0], weigh.shape[1])
-    line = blocks(n, tall) * tall
+    line = blocks(n, LINE) * LINE
     if inside:
         block_d = min(128, max(16, next_power(d)))
         block_l = 64 if device.target != "interpreter" else 16
