@@ -53,6 +53,7 @@ def test_ten_glyphs_are_learned() -> None:
     assert sum(trained.accuracies[-10:]) > 5.0 > 10 * trained.accuracies[0]
 
 
+@pytest.mark.slow
 def test_everything_is_drawn(tmp_path: Path) -> None:
     __main__.main(["--steps", "4", "--largest", "200", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -131,6 +131,8 @@ if "bfloat16" not in NUMBERS:
 FEW = ("the edge", "a part of", "float16's power off")
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", [name for name in FAULTS if MACHINE != "interpreter" or name.startswith(FEW)])
 def test_a_mistake_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
