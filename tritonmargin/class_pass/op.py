@@ -8,10 +8,10 @@ fake tensors, dispatch modes) sees the same two functions as operators, `tritonm
 
 from __future__ import annotations
 
-import pkgutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +28,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def code_of_results() -> str:
-    """Stands for the code that says which results the operators have.
+    """A checksum of the code that decides which results the operators have, and of what shape.
 
-    Inductor keeps compiled graphs on disk by the operators' names and arguments. Of another version of this package,
-    whose results have other shapes, it must not find any.
+    Inductor keeps compiled graphs on disk by the operators' names and arguments. It must not find one that another
+    version of this package made, whose results had other shapes.
     """
-    files = ("class_pass/forward.py", "class_pass/op.py", "spec.py", "backends/triton/numbers.py")
-    return f"{zlib.crc32(b''.join(pkgutil.get_data('tritonmargin', name) or b'' for name in files)):08x}"
+    package, found = Path(__file__).parents[1], 0
+    for folder in ("class_pass", "backends"):
+        for file in sorted((package / folder).rglob("*.py")):
+            found = zlib.crc32(file.read_bytes(), found)
+    return f"{zlib.crc32((package / 'spec.py').read_bytes(), found):08x}"
 
 
 CODE = code_of_results()
