@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,39 @@ from tritonmargin.margins import (
     TargetRows,
 )
 from tritonmargin.margins.base import logit_of
-from tritonmargin.spec import LossInputs, LossOptions, Stats
+from tritonmargin.spec import LossInputs, LossKeywords, LossOptions, Stats
 
 
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossKeywords],
+) -> tuple[Tensor, Stats]: ...
+@overload
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: Margin,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossKeywords],
+) -> Tensor | tuple[Tensor, Stats]: ...
 def margin_cross_entropy(
     embeddings: Tensor,
     weight: Tensor,
